@@ -1,0 +1,54 @@
+# Everything a person or CI does here. `make help` lists it.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SHELL  := bash
+
+# Two test processes of one thread each beat one process of two threads on two cores.
+# `make test TESTS=tests/graphs ARGS=-x` runs a part.
+WORKERS ?= 2
+TESTS   ?=
+ARGS    ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fuzz bench bench-partition clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install pipeflow in it, with everything development needs
+
+# Once, and again when the requirements change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "pipeflow needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## train a small CNN on real digits as a pipeline on 3 devices, in one command
+	$(BIN)/pipeflow train examples/digits.py
+
+test: setup ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS) $(TESTS)
+
+check: setup ## format, lint, types, tests: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+fuzz: setup ## the laws on fresh random draws, many more than the tests take
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -k laws $(ARGS) $(TESTS)
+
+bench: setup ## pipeflow beside torch.distributed.pipelining, in one run
+	$(BIN)/python -m benchmarks.runtime
+
+bench-partition: setup ## how long planning takes
+	$(BIN)/python -m benchmarks.partition
+
+clean: ## remove everything the other targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

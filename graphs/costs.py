@@ -1,0 +1,209 @@
+"""What each layer costs: the graph as planners see it, in seconds and bytes.
+
+`GraphCosts` is self-contained: names, edges and amounts. It comes from a profile, an
+estimate, a foreign file or a test, and nothing here knows which; nor torch, nor devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Literal, Self
+
+import networkx as nx
+from pydantic import Field, model_validator
+
+from pipeflow.errors import CostError
+from pipeflow.values import Bytes, Count, Seconds, Value
+
+
+class TensorCosts(Value):
+    """One tensor: a graph input or an output of a layer.
+
+    Attributes:
+        name: its name in the graph; the layer's name, or `layer:index` where there are several.
+        bytes: of the tensor for `GraphCosts.samples` samples.
+        gradient_bytes: of its gradient; 0 where no loss needs one.
+        scales: whether its bytes grow with the number of samples.
+    """
+
+    name: str
+    bytes: Bytes = 0
+    gradient_bytes: Bytes = 0
+    scales: bool = True
+
+
+class LayerCosts(Value):
+    """One layer: what it reads and writes, and what it costs for `GraphCosts.samples` samples.
+
+    Attributes:
+        name: unique among the layers.
+        kind: what sort of layer it is (a class name), for devices whose speed depends on it.
+        inputs: names of the tensors it reads, in order; a tensor may stand twice.
+        outputs: the tensors it writes.
+        forward_seconds, backward_input_seconds, backward_weight_seconds: on a device of speed 1.
+        fixed_fraction: share of those seconds that does not shrink with the number of samples.
+        parameter_bytes: weights alone; gradients and optimizer state come on top.
+        saved_bytes: what forward keeps for backward, outputs of the layer included.
+        has_backward: whether backward passes through this layer at all.
+        replicable: False where replicas would not train as one device does (running statistics).
+        spread: relative spread of the measured seconds (interquartile range over median).
+    """
+
+    name: str
+    kind: str = ""
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[TensorCosts, ...] = ()
+    forward_seconds: Seconds = 0.0
+    backward_input_seconds: Seconds = 0.0
+    backward_weight_seconds: Seconds = 0.0
+    fixed_fraction: float = Field(default=0.0, ge=0, le=1)
+    parameter_bytes: Bytes = 0
+    saved_bytes: Bytes = 0
+    has_backward: bool = True
+    replicable: bool = True
+    spread: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of one micro-batch together."""
+        return self.forward_seconds + self.backward_input_seconds + self.backward_weight_seconds
+
+
+class GraphCosts(Value):
+    """A layer graph with its costs.
+
+    Attributes:
+        name: of the graph.
+        samples: the number of samples that seconds and bytes are for: one micro-batch.
+        device: what they were measured on or estimated for, as text.
+        inputs: tensors that enter the graph.
+        layers: in a topological order; this is also the order in which one device runs them.
+        colocated: groups of layers that must share a stage (they share parameters).
+
+    Raises:
+        CostError: a name stands twice, an input comes from nowhere or from a later layer.
+    """
+
+    format: Literal["pipeflow-costs-1"] = "pipeflow-costs-1"
+    name: str = "graph"
+    samples: Count = 1
+    device: str = ""
+    inputs: tuple[TensorCosts, ...] = ()
+    layers: tuple[LayerCosts, ...]
+    colocated: tuple[tuple[str, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tensors = {t.name for t in self.inputs}
+        if len(tensors) != len(self.inputs):
+            raise CostError(f"costs of {self.name!r}: an input is named twice; names must be unique")
+        names: set[str] = set()
+        for layer in self.layers:
+            if layer.name in names:
+                raise CostError(f"costs of {self.name!r}: layer {layer.name!r} stands twice; names must be unique")
+            names.add(layer.name)
+            if unknown := [t for t in layer.inputs if t not in tensors]:
+                raise CostError(
+                    f"costs of {self.name!r}: layer {layer.name!r} reads {unknown[0]!r}, which no input and no "
+                    "earlier layer gives; list the layers in a topological order"
+                )
+            for tensor in layer.outputs:
+                if tensor.name in tensors:
+                    raise CostError(f"costs of {self.name!r}: tensor {tensor.name!r} is written twice")
+                tensors.add(tensor.name)
+        for group in self.colocated:
+            if unknown := [n for n in group if n not in names]:
+                raise CostError(f"costs of {self.name!r}: colocated layer {unknown[0]!r} is not a layer")
+        return self
+
+    @cached_property
+    def layer_by_name(self) -> Mapping[str, LayerCosts]:
+        return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def position_by_layer(self) -> Mapping[str, int]:
+        """Position of each layer in `layers`."""
+        return {layer.name: i for i, layer in enumerate(self.layers)}
+
+    @cached_property
+    def tensor_by_name(self) -> Mapping[str, TensorCosts]:
+        return {t.name: t for t in (*self.inputs, *(t for layer in self.layers for t in layer.outputs))}
+
+    @cached_property
+    def producer_by_tensor(self) -> Mapping[str, str]:
+        """The layer that writes each tensor; graph inputs are not in it."""
+        return {t.name: layer.name for layer in self.layers for t in layer.outputs}
+
+    @cached_property
+    def consumers_by_tensor(self) -> Mapping[str, tuple[str, ...]]:
+        """The layers that read each tensor, in order, each once; tensors nobody reads have none."""
+        readers: dict[str, dict[str, None]] = {name: {} for name in self.tensor_by_name}
+        for layer in self.layers:
+            for tensor in layer.inputs:
+                readers[tensor][layer.name] = None
+        return {name: tuple(layers) for name, layers in readers.items()}
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[str]:
+        """Layers and the edges between them, each with the names of its `tensors`. Frozen."""
+        graph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
+        graph.add_nodes_from(layer.name for layer in self.layers)
+        for layer in self.layers:
+            for tensor in dict.fromkeys(layer.inputs):
+                producer = self.producer_by_tensor.get(tensor)
+                if producer is None:
+                    continue
+                if graph.has_edge(producer, layer.name):
+                    graph.edges[producer, layer.name]["tensors"] += (tensor,)
+                else:
+                    graph.add_edge(producer, layer.name, tensors=(tensor,))
+        nx.freeze(graph)
+        return graph
+
+    def at(self, samples: int) -> GraphCosts:
+        """The same graph at another micro-batch size: seconds affine, tensors proportional.
+
+        Args:
+            samples: at least 1.
+        """
+        if samples < 1:
+            raise CostError(f"{samples} samples: a micro-batch has at least 1")
+        if samples == self.samples:
+            return self
+        ratio = samples / self.samples
+
+        def tensor(t: TensorCosts) -> TensorCosts:
+            if not t.scales:
+                return t
+            return t.model_copy(
+                update={"bytes": math.ceil(t.bytes * ratio), "gradient_bytes": math.ceil(t.gradient_bytes * ratio)}
+            )
+
+        def layer(c: LayerCosts) -> LayerCosts:
+            factor = c.fixed_fraction + (1 - c.fixed_fraction) * ratio
+            return c.model_copy(
+                update={
+                    "forward_seconds": c.forward_seconds * factor,
+                    "backward_input_seconds": c.backward_input_seconds * factor,
+                    "backward_weight_seconds": c.backward_weight_seconds * factor,
+                    "fixed_fraction": c.fixed_fraction / factor if factor else 0.0,
+                    "saved_bytes": math.ceil(c.saved_bytes * ratio),
+                    "outputs": tuple(tensor(t) for t in c.outputs),
+                }
+            )
+
+        return GraphCosts(
+            name=self.name,
+            samples=samples,
+            device=self.device,
+            inputs=tuple(tensor(t) for t in self.inputs),
+            layers=tuple(layer(c) for c in self.layers),
+            colocated=self.colocated,
+        )
+
+
+def total_seconds(layers: Iterable[LayerCosts]) -> float:
+    """Forward and backward seconds of all of them, added in order."""
+    return math.fsum(layer.seconds for layer in layers)

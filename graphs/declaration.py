@@ -1,0 +1,64 @@
+"""What a user may say of one layer: constants of its call, and what a loss gives.
+
+Looks at what was said and at what inference found, not at the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeflow.errors import GraphError, ShapeError
+from pipeflow.graphs.layer import Function, Handle, Instance, Lazy, Reduction, Source
+
+if TYPE_CHECKING:
+    from pipeflow.graphs.inference import Inferred
+
+
+def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
+    from torch import Tensor, nn
+
+    for key, value in kwargs.items():
+        if isinstance(value, Handle | Tensor | nn.Module):
+            raise GraphError(
+                f"layer {name!r}: {key}={type(value).__name__} is not a constant; tensors of the graph go by position, "
+                "weights and tables into a module"
+            )
+
+
+def check_loss(name: str, facts: Inferred) -> None:
+    spec = facts.outputs[0]
+    if facts.gives_tuple or spec.shape != () or not spec.dtype.startswith(("float", "bfloat")):
+        given = ", ".join(str(s) for s in facts.outputs)
+        raise ShapeError(f"loss {name!r} gives {given}; it must give one number, float32 () for example")
+
+
+def with_reduction(name: str, source: Source, reduction: Reduction, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's constants with `reduction` where the function takes it, so that both agree.
+
+    Raises:
+        GraphError: a module reduces otherwise.
+    """
+    if isinstance(source, Function):
+        try:
+            takes = "reduction" in inspect.signature(source.function).parameters
+        except (TypeError, ValueError):
+            takes = False
+        return {**kwargs, "reduction": reduction} if takes else kwargs
+    own = getattr(source.module, "reduction", None) if isinstance(source, Instance) else _argument(source, "reduction")
+    if isinstance(own, str) and own != reduction:
+        raise GraphError(
+            f'loss {name!r}: its module has reduction="{own}" but the graph is told "{reduction}"; make them equal'
+        )
+    return kwargs
+
+
+def _argument(lazy: Lazy, name: str) -> object:
+    """What the factory of a recipe is given for an argument, its default included; None if it has none."""
+    try:
+        bound = inspect.signature(lazy.factory).bind(*lazy.args, **lazy.kwargs)
+    except (TypeError, ValueError):
+        return None
+    bound.apply_defaults()
+    return bound.arguments.get(name)

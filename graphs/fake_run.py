@@ -1,0 +1,216 @@
+"""One training forward of a layer on tensors without data, and what is seen on the way.
+
+Fake kernels check less than real ones; what is known to slip through (mixed dtypes, running
+statistics, changes in place) is watched here. Which shapes to try is not decided here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeflow.errors import GraphError, ShapeError
+from pipeflow.graphs.layer import Source, kind_of
+from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
+
+# Fake kernels of these let dtypes pass that the real ones refuse.
+_SAME_DTYPE_OPS = frozenset({"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"})
+_NORM_OPS = frozenset({"native_layer_norm", "native_batch_norm", "native_group_norm"})
+# Batch-norm kernels update running statistics without saying so in their signature.
+_BATCH_NORM_OPS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    outputs: tuple[torch.Tensor, ...]
+    gives_tuple: bool
+    is_random: bool
+    mutated: frozenset[str]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not annotated
+    """Sees every kernel: random ones, running statistics, and dtypes that real kernels refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_random = False
+        self.updated: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        op = func._schema.name.removeprefix("aten::")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.is_random = True
+        if op in _SAME_DTYPE_OPS or op in _NORM_OPS or op == "_prelu_kernel":
+            _check_same_dtype(op, args)
+        if op == "nll_loss_forward" or op == "nll_loss2d_forward":
+            _check_target(args[1])
+        if op in _BATCH_NORM_OPS and args[5]:
+            self.updated += [t for t in args[3:5] if t is not None]
+        return func(*args, **(kwargs or {}))
+
+
+def _check_same_dtype(op: str, args: tuple[Any, ...]) -> None:
+    dtypes = list(dict.fromkeys(a.dtype for a in args if isinstance(a, torch.Tensor)))
+    if op in _NORM_OPS and dtypes[0] in (torch.bfloat16, torch.float16) and dtypes[1:] == [torch.float32]:
+        return  # half inputs with float32 statistics are ordinary
+    if len(dtypes) > 1:
+        raise RuntimeError(f"{op} takes tensors of one dtype, not {' and '.join(dtype_name(d) for d in dtypes)}")
+
+
+def _check_target(target: torch.Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"class indices must be int64, not {dtype_name(target.dtype)}")
+
+
+def run(
+    name: str,
+    source: Source,
+    function: Callable[..., Any],
+    mode: FakeTensorMode,
+    inputs: Sequence[TensorSpec],
+    kwargs: Mapping[str, Any],
+    samples: int,
+) -> Run:
+    """One training forward on fake tensors of `samples` samples."""
+    buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
+    before = {n: b._version for n, b in buffers.items()}
+    # A module may already be on an accelerator; without data its inputs can be there too.
+    device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
+    with torch.enable_grad(), mode, _Watch() as watch:
+        tensors = [_fake(spec, samples, device) for spec in inputs]
+        versions = [t._version for t in tensors]
+        watch.is_random = False
+        try:
+            result = function(*tensors, **kwargs)
+        except Exception as error:
+            raise _refusal(name, source, function, inputs, samples, error) from error
+    if changed := [i for i, (t, v) in enumerate(zip(tensors, versions, strict=True)) if t._version != v]:
+        raise GraphError(
+            f"layer {name!r} ({kind_of(source)}) changes its input {changed[0]} in place; other layers and backward "
+            "may need the tensor as it was: use the variant that gives a new one (inplace=False)"
+        )
+    after = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
+    updated = {id(t) for t in watch.updated}
+    mutated = frozenset(
+        n
+        for n, b in after.items()
+        if n not in buffers or b is not buffers[n] or b._version != before[n] or id(b) in updated
+    )
+    outputs = _outputs(name, source, result)
+    return Run(outputs, isinstance(result, tuple | list), watch.is_random, mutated)
+
+
+def _fake(spec: TensorSpec, samples: int, device: torch.device | None) -> torch.Tensor:
+    """A tensor without data. One that requires grad is not a leaf, as in the middle of a graph."""
+    tensor = torch.empty(spec.shape_at(samples), dtype=getattr(torch, spec.dtype), device=device or "cpu")
+    return tensor.requires_grad_().clone() if spec.requires_grad else tensor
+
+
+def _outputs(name: str, source: Source, result: Any) -> tuple[torch.Tensor, ...]:
+    if isinstance(result, torch.Tensor):
+        return (result,)
+    sequence = isinstance(result, tuple | list)
+    if sequence and result and all(isinstance(t, torch.Tensor) for t in result):
+        return tuple(result)
+    kinds = ("Tensor" if isinstance(t, torch.Tensor) else type(t).__name__ for t in result) if sequence else ()
+    inside = f" of {', '.join(kinds) or 'nothing'}" if sequence else ""
+    raise GraphError(
+        f"layer {name!r} ({kind_of(source)}) gives a {type(result).__name__}{inside}, so the number of its outputs "
+        "cannot be known; a layer gives a tensor or a flat tuple of tensors: wrap it in a function that does"
+    )
+
+
+def fake_copy(name: str, module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module with tensors that have no data, in training mode."""
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        raise GraphError(
+            f"layer {name!r}: its {type(module).__name__} is on the meta device and has no weights to train; give "
+            "pf.lazy(factory, ...) instead"
+        )
+    try:
+        with FakeCopyMode(mode):
+            return copy.deepcopy(module).train()
+    except Exception as error:
+        raise GraphError(
+            f"layer {name!r}: its {type(module).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "give pf.lazy(factory, ...) so that it is built where it runs"
+        ) from error
+
+
+def _refusal(
+    name: str, source: Source, function: object, inputs: Sequence[TensorSpec], samples: int, error: Exception
+) -> GraphError:
+    """The error for a layer that does not run, from the exception it raised."""
+    who = f"layer {name!r} ({kind_of(source)})"
+    if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
+        return ShapeError(
+            f"{who}, given {list_specs(inputs)}: what it gives depends on the data ({error}); shapes and control flow "
+            "must follow from shapes alone"
+        )
+    reason = str(error).strip()
+    if "convert all Tensors to FakeTensors" in reason:
+        return GraphError(
+            f"{who} uses a tensor that is neither an input nor its own parameter or buffer; pass it as an input or "
+            "register it in a module"
+        )
+    expected = _expected(function)
+    return ShapeError(
+        f"{who} does not take what it is given: {list_specs(inputs)}"
+        f"{f'; it expects {expected}' if expected else ''}. "
+        f"{type(error).__name__}, tried with B={samples}: {reason}"
+    )
+
+
+def _expected(function: object) -> str:
+    """What a module says of its input: its own attributes, else the shapes of its parameters."""
+    if not isinstance(function, nn.Module):
+        return ""
+    dtype = next((f"{dtype_name(p.dtype)} " for p in function.parameters(recurse=False)), "")
+    for attribute, text in (
+        ("in_features", "(B, ..., {})"),
+        ("in_channels", "(B, {}, ...)"),
+        ("num_features", "(B, {}, ...)"),
+        ("num_channels", "(B, {}, ...)"),
+        ("num_embeddings", "integers below {}"),
+    ):
+        if isinstance(value := getattr(function, attribute, None), int):
+            return text.format(value) if attribute == "num_embeddings" else dtype + text.format(value)
+    if isinstance(value := getattr(function, "normalized_shape", None), tuple):
+        return f"{dtype}(B, ..., {', '.join(map(str, value))})"
+    shapes = [f"{n} {spec_of(p)}" for n, p in function.named_parameters()][:4]
+    return f"what fits its parameters {', '.join(shapes)}" if shapes else ""
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(int(n) for n in tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch from logging tracebacks of layers that do not fit: the error says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was

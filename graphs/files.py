@@ -1,0 +1,155 @@
+"""Graphs as JSON files. Reading one builds only what is allowed and never runs anything else.
+
+Everything that a file names is resolved and checked before the first layer is built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx as nx
+from pydantic import Field
+
+from pipeflow.errors import FormatError, GraphError, ShapeError
+from pipeflow.graphs.description import Resolver, decode, encode_layer, encode_spec, refuse
+from pipeflow.graphs.import_path import Role, check_prefixes, resolve
+from pipeflow.graphs.layer import Function, Lazy
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
+from pipeflow.values import Value
+
+
+class _Spec(Value):
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class _Loss(Value):
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    reduction: Literal["mean", "sum"] = "mean"
+
+
+class _Layer(Value):
+    name: str
+    source: dict[str, Any]
+    inputs: tuple[str, ...]
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    outputs: dict[str, _Spec]
+    loss: _Loss | None = None
+
+
+class _Graph(Value):
+    format: Literal["pipeflow-graph-1"]
+    name: str
+    inputs: dict[str, _Spec]
+    layers: tuple[_Layer, ...]
+
+
+def save(graph: LayerGraph, path: str | os.PathLike[str]) -> None:
+    """Writes the graph; see `LayerGraph.save`."""
+    description = {
+        "format": "pipeflow-graph-1",
+        "name": graph.name,
+        "inputs": {name: encode_spec(spec) for name, spec in graph.inputs.items()},
+        "layers": [encode_layer(layer, graph.specs, refuse) for layer in graph.layers.values()],
+    }
+    Path(path).write_text(json.dumps(description, indent=1, allow_nan=False) + "\n")
+
+
+def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
+    """Reads a graph; see `LayerGraph.load`."""
+    check_prefixes(allow)
+    name = os.fspath(path)
+    try:
+        file = _Graph.model_validate(json.loads(Path(path).read_text(), object_pairs_hook=_unique))
+    except (ValueError, RecursionError) as error:  # of JSON, of text encoding, of pydantic
+        raise FormatError(f"{name} is not a graph: {error}") from error
+    _check_order(file)
+
+    def find(target: str, role: Role) -> Callable[..., Any]:
+        return resolve(target, allow, role=role)
+
+    sources: dict[str, Lazy | Function] = {}
+    kwargs: dict[str, Mapping[str, Any]] = {}
+    for layer in file.layers:
+        try:
+            sources[layer.name] = _source(layer, find)
+            kwargs[layer.name] = {key: decode(value, find) for key, value in layer.kwargs.items()}
+        except FormatError as error:
+            raise FormatError(f"{name}, layer {layer.name!r}: {error}") from error
+    graph = LayerGraph(file.name)
+    for input_name, spec in file.inputs.items():
+        graph.input(input_name, spec.shape, spec.dtype)
+    for layer in file.layers:
+        _add(graph, layer, sources[layer.name], kwargs[layer.name])
+    return graph
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each key once: a second input of one name would hide the first."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object; names must be unique")
+    return dict(pairs)
+
+
+def _source(layer: _Layer, find: Resolver) -> Lazy | Function:
+    source = decode(layer.source, find)
+    if isinstance(source, Lazy):
+        return source
+    if not callable(source):
+        raise FormatError("its source is neither {'lazy': ...} nor {'function': ...}")
+    return Function(source)
+
+
+def _add(graph: LayerGraph, layer: _Layer, source: Lazy | Function, kwargs: Mapping[str, Any]) -> None:
+    thing = source.function if isinstance(source, Function) else source
+    if layer.loss is None:
+        given = graph.add(layer.name, thing, *layer.inputs, **kwargs)
+    else:
+        weight, reduction = layer.loss.weight, layer.loss.reduction
+        if "weight" in kwargs or kwargs.get("reduction", reduction) != reduction:
+            raise FormatError(f"loss {layer.name!r}: weight and reduction belong under 'loss', not under 'kwargs'")
+        others = {k: v for k, v in kwargs.items() if k != "reduction"}
+        given = graph.loss(layer.name, thing, *layer.inputs, weight=weight, reduction=reduction, **others)
+    said = {n: TensorSpec(s.shape, s.dtype) for n, s in layer.outputs.items()}
+    gives = {handle.name: handle.spec for handle in (given if isinstance(given, tuple) else (given,))}
+    if {n: (s.shape, s.dtype) for n, s in said.items()} != {n: (s.shape, s.dtype) for n, s in gives.items()}:
+        raise ShapeError(
+            f"layer {layer.name!r} gives {list_specs(list(gives.values()))}, but the file says "
+            f"{list_specs(list(said.values()))}; it was written for another version of the layer"
+        )
+
+
+def _check_order(file: _Graph) -> None:
+    """Refuses names that stand twice, tensors that nothing gives, and cycles, before anything is built."""
+    producers: dict[str, str] = {}
+    for owner, tensors in ((n, [n]) for n in file.inputs):
+        producers.update(dict.fromkeys(tensors, owner))
+    seen = set(file.inputs)
+    for layer in file.layers:
+        if layer.name in seen:
+            raise GraphError(f"{layer.name!r} names two layers or inputs of graph {file.name!r}; names must be unique")
+        seen.add(layer.name)
+        producers.update(dict.fromkeys(layer.outputs, layer.name))
+    edges: nx.DiGraph[str] = nx.DiGraph()
+    for layer in file.layers:
+        for tensor in layer.inputs:
+            if tensor not in producers:
+                raise GraphError(f"layer {layer.name!r} reads {tensor!r}, which no input and no layer gives")
+            edges.add_edge(producers[tensor], layer.name)
+    if not nx.is_directed_acyclic_graph(edges):
+        cycle = [a for a, _ in nx.find_cycle(edges)]
+        raise GraphError(f"layers {' -> '.join([*cycle, cycle[0]])} form a cycle; data must flow one way")
+    position = {layer.name: i for i, layer in enumerate(file.layers)}
+    for layer in file.layers:
+        for tensor in layer.inputs:
+            if position.get(producers[tensor], -1) >= position[layer.name]:
+                raise GraphError(
+                    f"layer {layer.name!r} stands before {producers[tensor]!r}, which it reads; list layers in the "
+                    "order in which they run"
+                )

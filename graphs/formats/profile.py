@@ -1,0 +1,40 @@
+"""What a file of costs says, beside the costs themselves."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeflow.graphs.costs import GraphCosts
+from pipeflow.values import Bytes, Count, Value
+
+
+class Profile(Value):
+    """A graph with its costs, and the rules that its format attaches to them.
+
+    Attributes:
+        format: the name of the format.
+        costs: the graph; layer names are the file's own ids or names.
+        seconds_per_unit: the unit of time in which the file counts.
+        num_devices: that the file is meant for.
+        memory_bytes: of one device.
+        bandwidth: of the links, where the file gives it, or for which tensor bytes were made up
+            from transfer times.
+        unordered: layers that the order of stages does not bind (backward nodes of a training graph).
+        unsupported: layers that the file's accelerators cannot run.
+        holds_state: whether parameters bring gradients and optimizer state, and activations are
+            held; False where the file's sizes are all that a device has to hold.
+        sends_once: whether a producer pays once for all stages that read its output.
+        num_microbatches: of a batch, where the file fixes it.
+    """
+
+    format: str
+    costs: GraphCosts
+    seconds_per_unit: float = Field(default=1.0, gt=0)
+    num_devices: Count | None = None
+    memory_bytes: Bytes | None = None
+    bandwidth: float | None = Field(default=None, gt=0)
+    unordered: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
+    holds_state: bool = True
+    sends_once: bool = False
+    num_microbatches: Count | None = None

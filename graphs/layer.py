@@ -1,0 +1,161 @@
+"""One layer of a graph and where its callable comes from.
+
+A source is a module instance, a recipe for a module (`lazy`), or a function. Nothing here
+builds, runs or writes any of them; nor loads torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeflow.errors import GraphError
+from pipeflow.graphs.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Reduction = Literal["mean", "sum"]
+"""How a loss makes one number of many samples."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Instance:
+    """A module as it is, weights included. Graphs copy it and never change it."""
+
+    module: nn.Module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lazy:
+    """A recipe for a module: built where it is needed, so a graph can be larger than memory.
+
+    Attributes:
+        factory: a module class, or a function that returns a module.
+        args, kwargs: for the factory. They may hold recipes themselves.
+    """
+
+    factory: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """A function of tensors, without weights."""
+
+    function: Callable[..., Any]
+
+
+Source = Instance | Lazy | Function
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer.
+
+    Attributes:
+        name: unique among layers and inputs.
+        source: where its callable comes from.
+        inputs: names of the tensors it is called with, in order.
+        kwargs: constants of the call.
+        outputs: names of the tensors it gives; the layer's name, or `layer:index` for a tuple.
+        kind: the name of its class or function.
+        is_loss: whether training makes its output small.
+        weight: of the loss in the sum of all losses.
+        reduction: of the loss, over samples.
+        is_random: whether a training forward draws random numbers.
+        mutated_buffers: names of the buffers that a training forward changes.
+        has_backward: whether training's backward passes through it.
+    """
+
+    name: str
+    source: Source
+    inputs: tuple[str, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    kind: str
+    is_loss: bool = False
+    weight: float = 1.0
+    reduction: Reduction = "mean"
+    is_random: bool = False
+    mutated_buffers: tuple[str, ...] = ()
+    has_backward: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle:
+    """A tensor of a graph under construction: what `add` returns and takes.
+
+    Attributes:
+        name: of the tensor.
+        spec: its shape and dtype.
+        graph: the graph it belongs to.
+    """
+
+    name: str
+    spec: TensorSpec
+    graph: object = field(repr=False)
+
+
+def lazy(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Lazy:
+    """A module to be built later, with weights that depend only on the seed and the layer's name.
+
+    Each layer that is given the recipe builds a module of its own. Arguments may be recipes:
+
+    >>> from torch import nn
+    >>> block = lazy(nn.Sequential, lazy(nn.Linear, 8, 8), lazy(nn.ReLU))
+
+    Args:
+        factory: a module class, or a function that returns a module.
+        args, kwargs: for the factory.
+
+    Raises:
+        GraphError: `factory` cannot be called.
+    """
+    if not callable(factory) or _is_module(factory):
+        raise GraphError(f"lazy({factory!r}): a factory is a module class or a function; give the class, not a module")
+    return Lazy(factory, args, MappingProxyType(kwargs))
+
+
+def _is_module(thing: object) -> bool:
+    torch = sys.modules.get("torch")  # nobody can hold a module before torch is loaded
+    return torch is not None and isinstance(thing, torch.nn.Module)
+
+
+def source_of(name: str, thing: object) -> Source:
+    """What a user gave as a layer, as a source.
+
+    Raises:
+        GraphError: it is a class, or nothing that can be called.
+    """
+    if isinstance(thing, Lazy):
+        return thing
+    if _is_module(thing):
+        return Instance(thing)  # type: ignore[arg-type]
+    if isinstance(thing, type):
+        raise GraphError(
+            f"layer {name!r} is the class {thing.__name__}; give a module, a function, or "
+            f"pf.lazy({thing.__name__}, ...) to have one built"
+        )
+    if not callable(thing):
+        raise GraphError(f"layer {name!r} is {thing!r}, which cannot be called; give a module, pf.lazy or a function")
+    return Function(thing)
+
+
+def kind_of(source: Source) -> str:
+    """The class or function name of a source, for people and for speeds by kind."""
+    match source:
+        case Instance(module):
+            return type(module).__name__
+        case Lazy(factory):
+            return _name(factory)
+        case Function(function):
+            return _name(function)
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__name__", None) or type(function).__name__)

@@ -1,0 +1,401 @@
+"""The model as a graph of layers, declared one line at a time.
+
+Decides names, joins layers and keeps what inference finds. Layers are checked where they are
+added, so an error points at the line that caused it. A layer can only read what stands before
+it: a graph built with `add` has no cycle. torch is loaded when the first layer is added.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+
+from pipeflow.errors import GraphError
+from pipeflow.graphs import declaration, structure
+from pipeflow.graphs.layer import Handle, Instance, Layer, Reduction, Source, kind_of, source_of
+from pipeflow.graphs.tensor_spec import Dim, TensorSpec, normalise_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeflow.graphs.inference import Inferred
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-/]*")
+
+
+class LayerGraph:
+    """Layers, what they read and what they give.
+
+    >>> from torch import nn
+    >>> import torch.nn.functional as F
+    >>> graph = LayerGraph("tiny")
+    >>> x = graph.input("x", ("B", 8))
+    >>> label = graph.input("label", ("B",), dtype="int64")
+    >>> hidden = graph.add("hidden", nn.Linear(8, 16), x)
+    >>> logits = graph.add("logits", nn.Linear(16, 3), hidden)
+    >>> loss = graph.loss("loss", F.cross_entropy, logits, label)
+    >>> print(logits.spec)
+    float32 (B, 3)
+
+    Args:
+        name: for people and for files.
+    """
+
+    def __init__(self, name: str = "graph") -> None:
+        self.name = name
+        self._inputs: dict[str, TensorSpec] = {}
+        self._layers: dict[str, Layer] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        self._facts: dict[str, Inferred] = {}
+        self._owner_by_name: dict[str, str] = {}
+
+    # -- declaring ---------------------------------------------------------------------------
+
+    def input(self, name: str, shape: Sequence[Dim], dtype: object = "float32") -> Handle:
+        """A tensor that every batch brings.
+
+        Args:
+            name: its key in the batch.
+            shape: its sizes; the first is "B", the batch, and the others are fixed.
+            dtype: a torch dtype or its name.
+
+        Raises:
+            GraphError: the name is taken or malformed, or the batch dimension is missing.
+        """
+        self._check_name(name)
+        spec = TensorSpec(tuple(shape), normalise_dtype(dtype))
+        if spec.shape[:1] != ("B",) or any(isinstance(d, str) for d in spec.shape[1:]):
+            raise GraphError(
+                f'input {name!r} has the shape {tuple(shape)}; the first size must be "B", the batch, and the others '
+                "fixed, since batches are cut along the first"
+            )
+        self._changed()
+        self._inputs[name] = self._specs[name] = spec
+        return Handle(name, spec, self)
+
+    def add(
+        self, name: str, layer: object, /, *inputs: Handle | str, **kwargs: Any
+    ) -> Any:  # a Handle, or a tuple of them: mypy users annotate what they expect
+        """A layer that reads `inputs`.
+
+        Args:
+            name: of the layer, and of its output; several outputs are `name:0`, `name:1`, ...
+            layer: a module, `pf.lazy(...)`, or a function of tensors.
+            inputs: handles or names of tensors; at least one.
+            kwargs: constants of the call.
+
+        Returns:
+            The handle of the output; a tuple of handles where the layer gives a tuple.
+
+        Raises:
+            GraphError: the name is taken, an input is unknown, or the layer is not one.
+            ShapeError: the layer does not take those shapes or dtypes.
+        """
+        names, gives_tuple = self._add(name, layer, inputs, kwargs)
+        handles = tuple(Handle(tensor, self._specs[tensor], self) for tensor in names)
+        return handles if gives_tuple else handles[0]
+
+    def loss(
+        self,
+        name: str,
+        function: object,
+        /,
+        *inputs: Handle | str,
+        weight: float = 1.0,
+        reduction: Reduction = "mean",
+        **kwargs: Any,
+    ) -> Handle:
+        """A layer whose scalar output training makes small.
+
+        A mean is taken to count every sample alike. One that does not (class weights, ignored
+        labels) is not the mean over the micro-batches' means: use a sum for those.
+
+        Args:
+            name, function, inputs, kwargs: as for `add`.
+            weight: of this loss in the sum of all.
+            reduction: how `function` makes one number of many samples: "mean" or "sum". It is
+                passed on where `function` has an option of that name.
+
+        Raises:
+            GraphError: as for `add`; or `function` is known to reduce otherwise.
+            ShapeError: as for `add`; or the output is not one floating-point number.
+        """
+        if reduction not in ("mean", "sum"):
+            raise GraphError(f'loss {name!r}: reduction is {reduction!r}; it is "mean" or "sum" over samples')
+        if not math.isfinite(weight):
+            raise GraphError(f"loss {name!r}: its weight is {weight}; give a finite number")
+        source = source_of(name, function)
+        kwargs = declaration.with_reduction(name, source, reduction, kwargs)
+        names, _ = self._add(name, source, inputs, kwargs, is_loss=True, weight=float(weight), reduction=reduction)
+        return Handle(names[0], self._specs[names[0]], self)
+
+    def _add(
+        self,
+        name: str,
+        thing: object,
+        inputs: Sequence[Handle | str],
+        kwargs: Mapping[str, Any],
+        *,
+        is_loss: bool = False,
+        weight: float = 1.0,
+        reduction: Reduction = "mean",
+    ) -> tuple[tuple[str, ...], bool]:
+        from pipeflow.graphs.inference import infer
+
+        self._check_name(name)
+        source = thing if isinstance(thing, Source) else source_of(name, thing)
+        reads = tuple(self._resolve(name, handle) for handle in inputs)
+        if not reads:
+            raise GraphError(f"layer {name!r} reads nothing; a layer needs at least one input")
+        declaration.check_kwargs(name, kwargs)
+        facts = infer(name, source, [self._specs[t] for t in reads], kwargs)
+        if is_loss:
+            declaration.check_loss(name, facts)
+        outputs = tuple(f"{name}:{i}" for i in range(len(facts.outputs))) if facts.gives_tuple else (name,)
+        owned = {f"{name}.{local}": name for local in (*facts.parameters, *facts.buffers)}
+        if clash := [full for full in owned if full in self._owner_by_name]:
+            raise GraphError(
+                f"layer {name!r} and layer {self._owner_by_name[clash[0]]!r} both have a parameter or buffer "
+                f"{clash[0]!r}; rename one layer"
+            )
+        self._changed()
+        self._owner_by_name.update(owned)
+        self._facts[name] = facts
+        self._layers[name] = Layer(
+            name=name,
+            source=source,
+            inputs=reads,
+            kwargs=MappingProxyType(dict(kwargs)),
+            outputs=outputs,
+            kind=kind_of(source),
+            is_loss=is_loss,
+            weight=weight,
+            reduction=reduction,
+            is_random=facts.is_random,
+            mutated_buffers=facts.mutated_buffers,
+        )
+        self._specs.update(zip(outputs, facts.outputs, strict=True))
+        return outputs, facts.gives_tuple
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise GraphError(
+                f"{name!r} cannot name a layer or an input; use letters, digits and _ . - / after a letter or _"
+            )
+        if name in self._layers or name in self._inputs:
+            what = "a layer" if name in self._layers else "an input"
+            raise GraphError(f"{name!r} already names {what} of graph {self.name!r}; names must be unique")
+
+    def _resolve(self, name: str, handle: Handle | str) -> str:
+        if isinstance(handle, Handle):
+            if handle.graph is not self:
+                raise GraphError(f"layer {name!r} reads {handle.name!r} of another graph; use this graph's own tensors")
+            handle = handle.name
+        if not isinstance(handle, str):
+            raise GraphError(
+                f"layer {name!r} reads {handle!r}; inputs are handles that `input` and `add` returned, or their names"
+            )
+        if handle not in self._specs:
+            several = self._layers.get(handle)
+            hint = f"; it gives {', '.join(several.outputs)}" if several else "; add what gives it first"
+            raise GraphError(f"layer {name!r} reads {handle!r}, which no input and no earlier layer gives{hint}")
+        if handle in self._layers and self._layers[handle].is_loss:
+            raise GraphError(f"layer {name!r} reads the loss {handle!r}; losses are ends: weigh and add them instead")
+        return handle
+
+    def _changed(self) -> None:
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                self.__dict__.pop(name, None)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """What a batch brings, by name."""
+        return MappingProxyType(self._inputs)
+
+    @cached_property
+    def layers(self) -> Mapping[str, Layer]:
+        """All layers, in the order in which one device runs them."""
+        carries = self.differentiable
+        return MappingProxyType(
+            {
+                name: replace(layer, has_backward=not carries.isdisjoint(layer.outputs))
+                for name, layer in self._layers.items()
+            }
+        )
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by name, inputs included."""
+        return MappingProxyType(self._specs)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the loss layers."""
+        return tuple(name for name, layer in self._layers.items() if layer.is_loss)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """What the graph predicts: tensors that feed a loss or that nobody reads, over the batch."""
+        return structure.default_outputs(list(self._layers.values()), self._specs)
+
+    @cached_property
+    def differentiable(self) -> frozenset[str]:
+        """The tensors that carry a gradient in training: they require grad and a loss depends on them."""
+        return structure.differentiable(self._layers.values(), self._specs)
+
+    @cached_property
+    def nx(self) -> nx.DiGraph[str]:
+        """The graph as networkx sees it, frozen: inputs and layers, edges with `tensors` (name to spec)."""
+        return structure.joined(self.name, self._inputs, list(self.layers.values()), self._specs)
+
+    @cached_property
+    def _ties(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of parameters and buffers that are one tensor, within layers and between them."""
+        groups: dict[object, list[str]] = {}
+        for name, facts in self._facts.items():
+            tie = {local: (name, group[0]) for group in facts.ties for local in group}
+            source = self._layers[name].source
+            real: dict[str, object] = {}
+            if isinstance(source, Instance):
+                # Graphs hold the modules they are given, so identities stay valid.
+                real.update((n, id(p)) for n, p in source.module.named_parameters(remove_duplicate=False))
+                real.update((n, id(b)) for n, b in source.module.named_buffers(remove_duplicate=False))
+            for local in (*facts.parameters, *facts.buffers):
+                key = real.get(local, tie.get(local, (name, local)))
+                groups.setdefault(key, []).append(f"{name}.{local}")
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+    @cached_property
+    def shared_parameters(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of "<layer>.<parameter>" that are one parameter; the first of each is its name."""
+        every = {f"{name}.{p}" for name, facts in self._facts.items() for p in facts.parameters}
+        return tuple(group for group in self._ties if group[0] in every)
+
+    @cached_property
+    def colocated(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of layers that share parameters or buffers and so must share a stage."""
+        return structure.colocated(self._ties, self._owner_by_name, list(self._layers))
+
+    @cached_property
+    def parameters(self) -> Mapping[str, TensorSpec]:
+        """Every parameter by "<layer>.<parameter>"; of a shared group the first only."""
+        return self._owned(lambda facts: facts.parameters)
+
+    @cached_property
+    def buffers(self) -> Mapping[str, TensorSpec]:
+        """Every buffer of the state dict by "<layer>.<buffer>"; of a shared group the first only."""
+        return self._owned(lambda facts: {n: s for n, s in facts.buffers.items() if n in facts.persistent})
+
+    def _owned(self, select: Callable[[Inferred], Mapping[str, TensorSpec]]) -> Mapping[str, TensorSpec]:
+        later = {name for group in self._ties for name in group[1:]}
+        return MappingProxyType(
+            {
+                full: spec
+                for name, facts in self._facts.items()
+                for local, spec in select(facts).items()
+                if (full := f"{name}.{local}") not in later
+            }
+        )
+
+    def owner(self, name: str) -> str:
+        """The layer that a parameter or buffer "<layer>.<name>" belongs to.
+
+        Raises:
+            GraphError: there is no such parameter or buffer.
+        """
+        if name not in self._owner_by_name:
+            raise GraphError(f"{name!r} is no parameter or buffer of graph {self.name!r}")
+        return self._owner_by_name[name]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the structure: names, edges, specs and what layers are made of; not of weights."""
+        from pipeflow.graphs.description import digest
+
+        return digest(self)
+
+    # -- using -------------------------------------------------------------------------------
+
+    def check(self) -> LayerGraph:
+        """The graph itself, if it can be a model.
+
+        Raises:
+            GraphError: no layer, an input nobody reads, a loss no trainable parameter reaches.
+        """
+        structure.check(self.name, self._inputs, list(self._layers.values()), self._specs)
+        return self
+
+    def check_batch(self, batch: Mapping[str, Tensor]) -> int:
+        """The number of samples of a batch that fits the inputs.
+
+        Raises:
+            BatchError: a key is missing or unknown, or a tensor has another dtype, shape or number of samples.
+        """
+        from pipeflow.graphs.batch import check_batch
+
+        return check_batch(self._inputs, batch)
+
+    def build(self, layer_names: Iterable[str] | None = None, *, seed: int = 0) -> dict[str, Callable[..., Any]]:
+        """Fresh callables of the layers, to call as `fn(*tensors, **layer.kwargs)`.
+
+        Modules are copies, on the CPU and in training mode, with the weights that the given modules
+        have now; those of `pf.lazy` depend on (seed, layer name) alone. Parameters that layers share
+        stay shared among the copies of one call. Threads may call it.
+
+        Args:
+            layer_names: which; all by default.
+            seed: for the weights of `pf.lazy`.
+
+        Raises:
+            GraphError: there is no such layer, or a module cannot be copied or built.
+        """
+        from pipeflow.graphs.building import build
+
+        names = list(self._layers) if layer_names is None else list(layer_names)
+        if unknown := [name for name in names if name not in self._layers]:
+            raise GraphError(f"{unknown[0]!r} is no layer of graph {self.name!r}")
+        return build({name: self._layers[name].source for name in names}, seed)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the graph as JSON, layers described by import path; weights are not in it.
+
+        Raises:
+            GraphError: a layer cannot be described; the message names it and the remedy.
+        """
+        from pipeflow.graphs.files import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], allow: Sequence[str] = ()) -> LayerGraph:
+        """Reads a graph that `save` wrote, building only from allowed imports.
+
+        Args:
+            path: the file.
+            allow: import prefixes to trust besides torch's layers and tensor functions, for
+                example "mymodels" or "mymodels.blocks.Block".
+
+        Raises:
+            FormatError: the file is not a graph, or names something that is not allowed.
+            GraphError: the graph has a cycle, or is none for another reason.
+        """
+        from pipeflow.graphs.files import load
+
+        return load(path, tuple(allow))
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerGraph({self.name!r}, {len(self._inputs)} inputs, {len(self._layers)} layers, "
+            f"{len(self.losses)} losses)"
+        )

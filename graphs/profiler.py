@@ -1,0 +1,171 @@
+"""What every layer costs, measured on a device.
+
+The graph runs once on the given micro-batch, so that each layer is timed on the tensors that
+it really gets; then every layer runs by itself, forward and backward, in training mode. A
+second, smaller or larger, run tells which share of the time does not depend on the samples.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeflow.errors import CostError
+from pipeflow.graphs import profile_cache
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
+from pipeflow.graphs.layer_bench import GraphRun, Tensors, TimedLayer
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.stopwatch import calibrate, describe_device, sample, threads
+
+
+def profile(
+    graph: LayerGraph,
+    batch: Tensors,
+    device: str | torch.device = "cpu",
+    *,
+    num_repeats: int = 7,
+    warmup: int = 2,
+    cache: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    num_threads: int | None = 1,
+) -> GraphCosts:
+    """Measures every layer of the graph on one micro-batch.
+
+    Seconds are medians over `num_repeats` samples, each of as many calls as fill a millisecond.
+    The two halves of backward are timed apart and scaled so that they add up to backward as a
+    whole, gradient accumulation included and the fixed cost of starting autograd taken off,
+    since a stage starts it once for all its layers. Saved bytes are those that autograd keeps; a
+    tensor that several layers save counts for the first of them, parameters and buffers not at all.
+
+    Args:
+        graph: checked as by `LayerGraph.check`.
+        batch: one micro-batch, real data: a tensor for each input.
+        device: where to measure.
+        num_repeats: samples of each time.
+        warmup: calls before the first sample.
+        cache: a file that keeps costs; what was measured for the same graph, samples, device,
+            torch and options is read from it.
+        seed: for the weights of layers built by `pf.lazy`.
+        num_threads: that torch uses for one operation on the CPU, as each rank of an in-process
+            run does; None leaves it alone.
+
+    Raises:
+        GraphError: the graph cannot be a model.
+        BatchError: the batch does not fit the graph's inputs.
+        CostError: fewer than 1 repeat, or 0 threads.
+        FormatError: `cache` is no such file.
+    """
+    graph.check()
+    samples = graph.check_batch(batch)
+    if num_repeats < 1 or warmup < 0 or (num_threads is not None and num_threads < 1):
+        raise CostError(
+            f"{num_repeats} repeats, {warmup} warm-up calls and {num_threads} threads: at least 1, 0 and 1 are needed"
+        )
+    where = torch.device(device)
+    key = {
+        "graph": graph.digest,
+        "device": describe_device(where),
+        "samples": samples,
+        "torch": str(torch.__version__),
+        "num_threads": num_threads,
+        "num_repeats": num_repeats,
+    }
+    if cache is not None and (known := profile_cache.read(cache, key)) is not None:
+        return known
+    generators = [where] if where.type == "cuda" else []
+    with torch.random.fork_rng(generators, device_type="cuda"), torch.enable_grad(), threads(num_threads):
+        torch.default_generator.manual_seed(seed)
+        costs = _profile(graph, batch, samples, where, _Effort(num_repeats, warmup), seed)
+    if cache is not None:
+        profile_cache.write(cache, key, costs)
+    return costs
+
+
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    num_repeats: int
+    warmup: int
+
+
+def _profile(
+    graph: LayerGraph, batch: Tensors, samples: int, device: torch.device, effort: _Effort, seed: int
+) -> GraphCosts:
+    functions = graph.build(seed=seed)
+    for function in functions.values():
+        if isinstance(function, nn.Module):
+            function.to(device)
+    local = {name: batch[name].detach().to(device) for name in graph.inputs}
+    other = samples // 2 if samples >= 4 else 2 * samples  # half of one sample would be none
+    other_local = {n: t[:other] if other < samples else torch.cat([t, t]) for n, t in local.items()}
+    runs = GraphRun(graph, functions, local), GraphRun(graph, functions, other_local)
+    overhead = _autograd_overhead(device, effort)
+    benches = {name: [TimedLayer(run.bench(layer)) for run in runs] for name, layer in graph.layers.items()}
+    # Round by round over all layers, so that a disturbance of the machine hits no layer alone.
+    for _ in range(effort.num_repeats):
+        for pair in benches.values():
+            for bench in pair:
+                bench.measure(device, effort.warmup)
+    layers = []
+    for name, layer in graph.layers.items():
+        times, other_times = (bench.times(overhead) for bench in benches[name])
+        layers.append(
+            LayerCosts(
+                name=name,
+                kind=layer.kind,
+                inputs=layer.inputs,
+                outputs=tuple(_tensor(graph, t, samples) for t in layer.outputs),
+                forward_seconds=times.forward,
+                backward_input_seconds=times.backward_input,
+                backward_weight_seconds=times.backward_weight,
+                fixed_fraction=_fixed_fraction(times.total, other_times.total, other / samples),
+                parameter_bytes=_parameter_bytes(graph, name),
+                saved_bytes=runs[0].saved_bytes[name],
+                has_backward=layer.has_backward,
+                replicable=not layer.mutated_buffers,
+                spread=times.spread,
+            )
+        )
+    return GraphCosts(
+        name=graph.name,
+        samples=samples,
+        device=describe_device(device),
+        inputs=tuple(_tensor(graph, name, samples) for name in graph.inputs),
+        layers=tuple(layers),
+        colocated=graph.colocated,
+    )
+
+
+def _tensor(graph: LayerGraph, name: str, samples: int) -> TensorCosts:
+    spec = graph.specs[name]
+    size = spec.bytes_at(samples)
+    gradient = size if name in graph.differentiable else 0
+    return TensorCosts(name=name, bytes=size, gradient_bytes=gradient, scales=spec.scales)
+
+
+def _parameter_bytes(graph: LayerGraph, layer: str) -> int:
+    """Bytes of the layer's parameters; shared ones count for the first layer that has them."""
+    return sum(spec.bytes_at(0) for name, spec in graph.parameters.items() if graph.owner(name) == layer)
+
+
+def _fixed_fraction(seconds: float, other_seconds: float, fraction: float) -> float:
+    """The share of `seconds` that stays at any number of samples, from the time at `fraction` of them."""
+    if seconds <= 0:
+        return 0.0
+    fixed = (other_seconds - fraction * seconds) / (1 - fraction)
+    return min(1.0, max(0.0, fixed / seconds))
+
+
+def _autograd_overhead(device: torch.device, effort: _Effort) -> float:
+    """Seconds to start autograd: backward through a view of one number."""
+    leaf = torch.zeros(1, device=device, requires_grad=True)
+    root, grad = leaf.view(1), torch.ones(1, device=device)
+
+    def call() -> object:
+        return torch.autograd.grad(root, leaf, grad, retain_graph=True)
+
+    num_calls = calibrate(call, device, effort.warmup)
+    return statistics.median(sample(call, num_calls, device) for _ in range(effort.num_repeats))

@@ -1,0 +1,115 @@
+"""Runs what the size of the problem allows, cheapest first, and stops when the gap is closed.
+
+It decides which algorithms to run and keeps the best partition and the best bound of them; it has
+no search of its own. What it runs depends on the problem and on whether OR-tools is installed,
+never on a clock, so the same problem gives the same partition on the same installation.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pipeflow.errors import Infeasible
+from pipeflow.partitioners import cpsat as cpsat_model
+from pipeflow.partitioners import ideals as ideal_programme
+from pipeflow.partitioners.bounds import cut_bound, lower_bound
+from pipeflow.partitioners.certify import certified
+from pipeflow.partitioners.chain import chain
+from pipeflow.partitioners.exhaustive import exhaustive
+from pipeflow.partitioners.feasibility import require_feasible
+from pipeflow.partitioners.normalise import fold
+from pipeflow.partitioners.objective import objective
+from pipeflow.partitioners.orders import best_of_orders
+from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.problem import PartitionProblem
+
+CLOSED = 1e-8
+"""A relative gap that counts as none."""
+
+_MOST_EXHAUSTIVE = 6
+_MOST_SOLVED = 4000
+"""Atoms times stages up to which the solver is worth its time."""
+
+
+def auto(problem: PartitionProblem) -> Partition:
+    """The best partition that the algorithms of this package find, with the best bound.
+
+    In turn: the chain programme; the oracle for a handful of layers; many orders, on the problem
+    with layers folded; the programme over ideals; and CP-SAT, if OR-tools is installed.
+
+    Raises:
+        Infeasible: no partition fits, or none was found; the reasons say which.
+    """
+    require_feasible(problem)
+    best, failure = None, None
+    try:
+        best = chain(problem)
+    except Infeasible as error:
+        failure = error
+    tiny = problem.atoms.count <= _MOST_EXHAUSTIVE and problem.cluster.num_devices <= _MOST_EXHAUSTIVE
+    if _is_closed(best) or problem.atoms.has_one_order and problem.cluster.is_uniform and best is None:
+        return _named(problem, best, "chain", failure)
+    if tiny:
+        return _named(problem, exhaustive(problem), "exhaustive", None)
+    return _search(problem, best, failure)
+
+
+def _search(problem: PartitionProblem, best: Partition | None, failure: Infeasible | None) -> Partition:
+    smaller = fold(problem)
+    bound = max(lower_bound(problem), cut_bound(smaller), best.certificate.lower_bound if best else 0.0)
+    stages, name = (best.stages if best else None), "chain"
+    found = best_of_orders(smaller, rounds=num_rounds(smaller), start=stages)
+    if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
+        stages, name = found, "orders"
+    steps = ()
+    if stages is None or objective(problem, stages) * (1 - CLOSED) > bound:
+        steps = _exact_steps(smaller)
+    for step in steps:
+        if stages is not None and objective(problem, stages) * (1 - CLOSED) <= bound:
+            break
+        improved = (
+            ideal_programme.improve(smaller, stages, bound)
+            if step == "ideals"
+            else cpsat_model.improve(smaller, stages, bound)
+        )
+        if improved is None:
+            continue
+        better, proved = improved
+        bound = max(bound, proved)
+        if better is not None and (stages is None or objective(problem, better) < objective(problem, stages)):
+            stages, name = better, step
+    if stages is None:
+        assert failure is not None, "no partition and no reason"
+        raise failure
+    return certified(problem, stages, partitioner=f"auto: {name}", lower_bound=bound)
+
+
+def _exact_steps(problem: PartitionProblem) -> tuple[str, ...]:
+    """The exact algorithms that can express the problem and are worth trying on it."""
+    steps = []
+    if ideal_programme.supports(problem) is None:
+        steps.append("ideals")
+    small = problem.atoms.count * problem.stage_limit <= _MOST_SOLVED
+    if small and cpsat_model.supports(problem) is None and find_spec("ortools") is not None:
+        steps.append("cpsat")
+    return tuple(steps)
+
+
+def num_rounds(problem: PartitionProblem) -> int:
+    """Orders to try: fewer where one takes longer."""
+    size = problem.atoms.count * (1 if problem.replica_limit == 1 and problem.cluster.is_uniform else 8)
+    return max(4, min(24, 12_000 // max(1, size)))
+
+
+def _is_closed(partition: Partition | None) -> bool:
+    return partition is not None and partition.certificate.gap <= CLOSED
+
+
+def _named(
+    problem: PartitionProblem, partition: Partition | None, name: str, failure: Infeasible | None
+) -> Partition:
+    if partition is None:
+        assert failure is not None, "no partition and no reason"
+        raise failure
+    bound = partition.certificate.lower_bound
+    return certified(problem, partition.stages, partitioner=f"auto: {name}", lower_bound=bound)

@@ -1,0 +1,213 @@
+"""The contiguous cut as a CP-SAT model, warm-started and proved: the extra `pipeflow[solvers]`.
+
+Prefix variables p[a, s] say that the stage of atom a is at most s; x[a, s] = p[a, s] - p[a, s - 1]
+that it is s. An edge a -> b is p[b, s] <= p[a, s]. A net costs stage s where some of its ends are
+there and others are not: y >= |x[producer, s] - x[reader, s]|. Seconds become whole numbers,
+rounded down, so that what the solver proves is a bound; partitions are priced by the objective.
+
+For alike devices and one replica a stage; positions are counted from the last stage, so that
+memory in flight is known, and unused stages are the first ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeflow.errors import PlanError
+from pipeflow.partitioners.bounds import lower_bound
+from pipeflow.partitioners.certify import certified, stages_of
+from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
+from pipeflow.partitioners.objective import objective
+from pipeflow.partitioners.orders import best_of_orders
+from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.problem import PartitionProblem, Position
+
+_RESOLUTION = 2.0**34
+"""Whole numbers up to here for the seconds of the warm start's bottleneck."""
+
+_MOST_WORK = 60.0
+"""The solver's own deterministic seconds: the same on every machine, so that results are."""
+
+
+def supports(problem: PartitionProblem) -> str | None:
+    """Why the model cannot express the problem, or None if it can."""
+    if problem.replica_limit > 1:
+        return "more than one replica a stage is allowed; set max_replicas=1"
+    if not problem.cluster.is_uniform:
+        return "devices or links differ"
+    if problem.overlap:
+        return "transfers overlap with compute"
+    return None
+
+
+def cpsat(problem: PartitionProblem) -> Partition:
+    """The best contiguous partition, proved as far as the solver gets in its budget of work.
+
+    Raises:
+        PlanError: replicas, unlike devices or overlap, which the model does not express; or
+            OR-tools is not installed.
+        Infeasible: no cut fits.
+    """
+    if reason := supports(problem):
+        raise PlanError(f"cpsat cannot solve this: {reason}; use another partitioner")
+    require_feasible(problem)
+    start = best_of_orders(problem, rounds=40)
+    bound = lower_bound(problem)
+    stages, proved = improve(problem, start, bound)
+    if stages is None:
+        raise no_cut_fits(problem, None, "cut")
+    return certified(problem, stages, partitioner="cpsat", lower_bound=max(bound, proved))
+
+
+def improve(
+    problem: PartitionProblem, start: Sequence[Stage] | None, bound: float, *, work: float = _MOST_WORK
+) -> tuple[tuple[Stage, ...] | None, float]:
+    """A partition at least as good as `start`, and a proven lower bound.
+
+    Args:
+        start: a valid partition, or None.
+        bound: what is proven already.
+        work: the solver's budget in its deterministic seconds.
+    """
+    model = _Model(problem, _scale(problem, start))
+    return model.solve(start, bound, work)
+
+
+def _scale(problem: PartitionProblem, start: Sequence[Stage] | None) -> float:
+    reach = objective(problem, start) if start else math.fsum(layer.seconds for layer in problem.costs.layers)
+    return _RESOLUTION / reach if reach else 1.0
+
+
+@dataclass
+class _Model:
+    problem: PartitionProblem
+    scale: float
+
+    def solve(self, start: Sequence[Stage] | None, bound: float, work: float) -> tuple[tuple[Stage, ...] | None, float]:
+        try:
+            from ortools.sat.python import cp_model
+        except ImportError as error:
+            raise PlanError("cpsat needs OR-tools; install pipeflow[solvers]") from error
+        problem, atoms = self.problem, self.problem.atoms
+        most = problem.stage_limit
+        model: Any = cp_model.CpModel()
+        reach = int(_RESOLUTION * 1.001) if start else int(_RESOLUTION * 4)
+        bottleneck = model.new_int_var(min(reach, math.floor(bound * self.scale)), reach, "bottleneck")
+        prefix = [[model.new_bool_var("") for _ in range(most - 1)] for _ in range(atoms.count)]
+        on: list[list[Any]] = []
+        for row in prefix:
+            for a, b in itertools.pairwise(row):
+                model.add_implication(a, b)
+            places = [model.new_bool_var("") for _ in range(most)] if most > 1 else [1]
+            ends = [0, *row, 1]
+            if most > 1:
+                for s, place in enumerate(places):
+                    model.add(place == ends[s + 1] - ends[s])
+            on.append(places)
+        for a, b in atoms.edges:
+            for pa, pb in zip(prefix[a], prefix[b], strict=True):
+                model.add_implication(pb, pa)
+        hints = self._hints(start, most)
+        self._add_loads(model, on, bottleneck, hints)
+        self._add_memory(model, on)
+        self._add_used(model, on)
+        if hints:
+            for atom, row in enumerate(prefix):
+                for s, variable in enumerate(row):
+                    model.add_hint(variable, hints[atom] <= s)
+        model.minimize(bottleneck)
+        solver: Any = cp_model.CpSolver()
+        solver.parameters.num_workers = 8
+        solver.parameters.interleave_search = True
+        solver.parameters.max_deterministic_time = work
+        solver.parameters.random_seed = 1
+        status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:
+            return None, math.inf
+        proved = max(bound, (solver.best_objective_bound - 0.5) / self.scale * (1 - 1e-12))
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return (tuple(start) if start else None), proved
+        stage_of = [next(s for s, v in enumerate(row) if isinstance(v, int) or solver.value(v)) for row in on]
+        found = self._stages(stage_of, most)
+        if start is not None and objective(problem, start) <= objective(problem, found):
+            found = tuple(start)
+        return found, proved
+
+    def _hints(self, start: Sequence[Stage] | None, most: int) -> list[int]:
+        """The stage of every atom in `start`, counted so that its last stage is the last."""
+        if start is None:
+            return []
+        shift = most - len(start)
+        stage_of = {name: s + shift for s, stage in enumerate(start) for name in stage.layers}
+        return [stage_of[names[0]] for names in self.problem.atoms.members]
+
+    def _stages(self, stage_of: Sequence[int], most: int) -> tuple[Stage, ...]:
+        sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(most)]
+        return stages_of(self.problem, [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)])
+
+    def _add_loads(self, model: Any, on: list[list[Any]], bottleneck: Any, hints: list[int]) -> None:
+        problem, atoms = self.problem, self.problem.atoms
+        device = problem.cluster.devices[0]
+        from pipeflow.partitioners.objective import compute_seconds
+
+        compute = [math.floor(compute_seconds(group, device) * self.scale) for group in atoms.layers]
+        bandwidth, latency = problem.cluster.link(0, 1) if problem.cluster.num_devices > 1 else (math.inf, 0.0)
+        weights: dict[tuple[int, tuple[int, ...]], float] = {}
+        for net in atoms.nets:
+            key = (net.producer, net.readers)
+            weights[key] = weights.get(key, 0.0) + latency + net.bytes / bandwidth
+        for s in range(problem.stage_limit):
+            load = [c * row[s] for c, row in zip(compute, on, strict=True) if c]
+            for (producer, readers), seconds in weights.items():
+                cost = math.floor(seconds * self.scale)
+                if not cost or problem.stage_limit == 1:
+                    continue
+                y = model.new_bool_var("")
+                for reader in readers:
+                    model.add_bool_or(y, on[producer][s].negated(), on[reader][s])
+                    model.add_bool_or(y, on[producer][s], on[reader][s].negated())
+                if hints:
+                    inside = [hints[end] == s for end in (producer, *readers)]
+                    model.add_hint(y, any(inside) and not all(inside))
+                load.append(cost * y)
+            model.add(sum(load) <= bottleneck)
+
+    def _add_memory(self, model: Any, on: list[list[Any]]) -> None:
+        problem, atoms = self.problem, self.problem.atoms
+        limit = memory_limits(problem)[0]
+        if limit == math.inf:
+            return
+        ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
+        most = problem.stage_limit
+        for s in range(most):
+            in_flight = problem.in_flight(Position(1, most - s, problem.num_microbatches))
+            used = [
+                (int(ratio * int(p)) + in_flight * int(h)) * row[s]
+                for p, h, row in zip(atoms.parameter_bytes, atoms.saved_bytes, on, strict=True)
+                if p or (h and in_flight)
+            ]
+            for net in atoms.nets if in_flight and most > 1 else ():
+                if not net.is_activation or not net.bytes:
+                    continue
+                kept = model.new_bool_var("")
+                for reader in net.readers:
+                    model.add_bool_or(kept, on[net.producer][s], on[reader][s].negated())
+                used.append(in_flight * net.bytes * kept)
+            if used:
+                model.add(sum(used) <= int(limit))
+
+    def _add_used(self, model: Any, on: list[list[Any]]) -> None:
+        """Unused stages come first, and none where a number of stages is asked for."""
+        problem, most = self.problem, self.problem.stage_limit
+        if most == 1:
+            return
+        for s in range(most):
+            if problem.stage_count is not None:
+                model.add_bool_or([row[s] for row in on])
+            elif s + 1 < most:
+                for row in on:
+                    model.add_bool_or([row[s].negated(), *(other[s + 1] for other in on)])

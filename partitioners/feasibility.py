@@ -1,0 +1,171 @@
+"""Why a problem has no partition: which device lacks how many bytes and for what.
+
+The quick reasons are found without a search; where only a search can tell, the partitioner
+hands over the cut that comes closest and gets the shortfall in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeflow.errors import Infeasible
+from pipeflow.partitioners.cluster import Device
+from pipeflow.partitioners.objective import StageTerms, device_bytes, stage_terms
+from pipeflow.partitioners.partition import Stage
+from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.units import format_bytes
+
+
+def require_feasible(problem: PartitionProblem) -> None:
+    """Raises `Infeasible` for what can be told without a search: counts, layers and totals too large."""
+    for check in (_count_reason, _replica_reason, _atom_reason, _total_reason):
+        if reason := check(problem):
+            raise Infeasible([reason])
+
+
+def memory_limits(problem: PartitionProblem) -> list[float]:
+    """The limit of each device in bytes, inf where there is none."""
+    return [math.inf if d.memory_bytes is None else d.memory_bytes for d in problem.cluster.devices]
+
+
+def _count_reason(problem: PartitionProblem) -> str | None:
+    count, devices, atoms = problem.stage_count, problem.cluster.num_devices, problem.atoms
+    if count is None:
+        return None
+    if count > atoms.count:
+        apart = f"{atoms.count} groups of layers that can be apart"
+        if atoms.count == len(problem.costs.layers):
+            apart = f"{atoms.count} layers"
+        return f"{count} stages are asked for, but the graph has only {apart}; ask for fewer stages"
+    needed = sum(problem.replicas) if problem.replicas else count
+    if needed > devices:
+        what = f"replicas {problem.replicas} need {needed} devices" if problem.replicas else f"{count} stages"
+        return f"{what}, but the cluster has {devices}; each replica of a stage needs a device of its own"
+    return None
+
+
+def _replica_reason(problem: PartitionProblem) -> str | None:
+    if problem.replicas is None or 1 in problem.replicas:
+        return None
+    stuck = [atom for atom in range(problem.atoms.count) if not problem.atoms.replicable[atom]]
+    if not stuck:
+        return None
+    name = next(c.name for c in problem.atoms.layers[stuck[0]] if not c.replicable)
+    return (
+        f"layer {name!r} cannot be replicated, but replicas={problem.replicas} leave no stage with one replica; "
+        "give its stage one"
+    )
+
+
+def _replica_counts(problem: PartitionProblem) -> list[int]:
+    return sorted(set(problem.replicas)) if problem.replicas else list(range(1, problem.replica_limit + 1))
+
+
+def _atom_reason(problem: PartitionProblem) -> str | None:
+    """The atom that lacks most on the largest device, if any does."""
+    limits = memory_limits(problem)
+    largest = max(range(len(limits)), key=limits.__getitem__)
+    if limits[largest] == math.inf:
+        return None
+    atoms, microbatches = problem.atoms, problem.num_microbatches
+    worst, story = 0.0, None
+    fewest = {r: problem.in_flight(Position(r, r, microbatches)) for r in _replica_counts(problem)}
+    for atom in range(atoms.count):
+        allowed = fewest if atoms.replicable[atom] else {r: n for r, n in fewest.items() if r == 1}
+        if not allowed:
+            continue
+        in_flight = min(allowed.values())
+        parts = _parts(problem, int(atoms.parameter_bytes[atom]), in_flight * int(atoms.saved_bytes[atom]), in_flight)
+        lacking = sum(n for n, _ in parts) - limits[largest]
+        if lacking > worst:
+            names = ", ".join(repr(n) for n in atoms.members[atom][:4]) + (
+                ", ..." if len(atoms.members[atom]) > 4 else ""
+            )
+            one = len(atoms.members[atom]) == 1
+            subject = f"layer {names} needs" if one else f"layers {names} share a stage and need"
+            worst = lacking
+            device = _device(problem.cluster.devices[largest])
+            story = f"{subject} {_sum(parts)}; {device}, the largest, lacks {format_bytes(lacking)}"
+    return story
+
+
+def _total_reason(problem: PartitionProblem) -> str | None:
+    """Parameters with their gradients and state are on some device at least once."""
+    limits = sorted(memory_limits(problem), reverse=True)[: problem.device_limit]
+    if math.inf in limits:
+        return None
+    parts = _parts(problem, int(problem.atoms.parameter_bytes.sum()), 0, 0)
+    total = sum(n for n, _ in parts)
+    if total <= sum(limits):
+        return None
+    return (
+        f"the graph needs {_sum(parts)}; the {len(limits)} device{'s' * (len(limits) > 1)} that may be used "
+        f"have {format_bytes(sum(limits))} together and lack {format_bytes(total - sum(limits))}"
+    )
+
+
+def shortfall(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[str, ...]:
+    """What each device lacks to hold its stages, the worst first.
+
+    Args:
+        stages: a partition that breaks the memory limits.
+    """
+    terms = stage_terms(problem, stages)
+    limits = memory_limits(problem)
+    lacking = {d: n - limits[d] for d, n in device_bytes(stages, terms).items() if n > limits[d]}
+    result = []
+    for device in sorted(lacking, key=lambda d: (-lacking[d], d)):
+        held = [(s, t) for s, t in zip(stages, terms, strict=True) if device in s.devices]
+        parts = _stage_parts([t for _, t in held])
+        names = [name for s, _ in held for name in s.layers]
+        span = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+        result.append(
+            f"{_device(problem.cluster.devices[device])} lacks {format_bytes(lacking[device])}: layers {span} need "
+            f"{_sum(parts)}"
+        )
+    return tuple(result)
+
+
+def no_cut_fits(problem: PartitionProblem, closest: Sequence[Stage] | None, what: str) -> Infeasible:
+    """The error of a search that found nothing within memory.
+
+    Args:
+        closest: the cut that it came closest with, if there is one.
+        what: which cuts it searched, for example "cut of the graph's order".
+    """
+    if closest is None:
+        return Infeasible([f"no {what} keeps layers that cannot be replicated on stages of one replica"])
+    reasons = shortfall(problem, closest)
+    if not reasons:
+        return Infeasible([f"no {what} satisfies the problem"])
+    return Infeasible([f"no {what} fits into memory; even in the closest, {reasons[0]}", *reasons[1:]])
+
+
+def _parts(problem: PartitionProblem, parameters: int, activations: int, in_flight: int) -> list[tuple[int, str]]:
+    return [
+        (parameters, "of parameters"),
+        (math.ceil(problem.gradient_ratio * parameters), "of gradients"),
+        (math.ceil(problem.optimizer_ratio * parameters), "of optimizer state"),
+        (activations, f"of activations of {in_flight} micro-batch{'es' * (in_flight != 1)}"),
+    ]
+
+
+def _stage_parts(terms: Sequence[StageTerms]) -> list[tuple[int, str]]:
+    in_flight = max(t.in_flight for t in terms)
+    return [
+        (sum(t.parameter_bytes for t in terms), "of parameters"),
+        (sum(t.gradient_bytes for t in terms), "of gradients"),
+        (sum(t.optimizer_bytes for t in terms), "of optimizer state"),
+        (sum(t.activation_bytes for t in terms), f"of activations of {in_flight} micro-batch{'es' * (in_flight != 1)}"),
+    ]
+
+
+def _sum(parts: Sequence[tuple[int, str]]) -> str:
+    shown = [f"{format_bytes(n)} {what}" for n, what in parts if n]
+    total = format_bytes(sum(n for n, _ in parts))
+    return f"{total} ({' + '.join(shown)})" if shown else total
+
+
+def _device(device: Device) -> str:
+    return f"device {device.name!r} of {format_bytes(device.memory_bytes or 0)}"

@@ -1,0 +1,180 @@
+"""What a partition costs: the one objective, in seconds and bytes.
+
+Every partitioner, the planner and the tests call this; nothing here searches. For a stage
+with R replicas and M micro-batches, a replica spends per micro-batch of the batch
+
+    ceil(M / R) / M * (compute + transfers) + reduce / M
+
+compute    forward and backward of its layers on its device;
+transfers  every tensor that crosses its border, in either direction: an activation it sends to
+           each stage that reads it, an activation it receives, and the gradients of both, each
+           over the slowest link between the devices of the two stages. Tensors are separate
+           messages, so each pays the latency. Inputs of the graph cost nothing;
+reduce     the ring all-reduce of its gradients (2 (R - 1) / R of the bytes and 2 (R - 1)
+           latencies over the slowest link among its devices), once for all micro-batches.
+
+With `overlap` the longer of compute and transfers counts instead of the sum. The objective is
+the largest sum over the stages of any one device. A replica holds
+
+    parameters + gradients + optimizer state + in flight * (saved + received activations).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeflow.graphs.costs import LayerCosts
+from pipeflow.partitioners.cluster import Cluster, Device
+from pipeflow.partitioners.partition import Stage
+from pipeflow.partitioners.problem import PartitionProblem, Position
+
+
+@dataclass(frozen=True, slots=True)
+class StageTerms:
+    """What one stage costs, term by term.
+
+    Attributes:
+        compute_seconds: forward and backward of one micro-batch on its slowest device.
+        transfer_seconds: of one micro-batch, both directions.
+        reduce_seconds: of one iteration.
+        seconds: of its slowest replica per micro-batch of the batch (see the head of the module).
+        seconds_by_device: the same of each of its devices, in the stage's order.
+        in_flight: micro-batches whose activations a replica holds at once.
+        parameter_bytes, gradient_bytes, optimizer_bytes, activation_bytes: of one replica.
+    """
+
+    compute_seconds: float
+    transfer_seconds: float
+    reduce_seconds: float
+    seconds: float
+    seconds_by_device: tuple[float, ...]
+    in_flight: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def compute_seconds(layers: Iterable[LayerCosts], device: Device) -> float:
+    """Forward and backward of one micro-batch of the layers on the device."""
+    by_kind = device.speed_by_kind
+    return math.fsum(layer.seconds / by_kind.get(layer.kind, device.speed) for layer in layers)
+
+
+def link_seconds(cluster: Cluster, amount: int, sources: Sequence[int], targets: Sequence[int]) -> float:
+    """Seconds of a message over the slowest link from one set of devices to another."""
+    if len(sources) * len(targets) > 1 and cluster.has_equal_links and not set(sources) & set(targets):
+        return cluster.transfer_seconds(amount, sources[0], targets[0])
+    return max(cluster.transfer_seconds(amount, a, b) for a in sources for b in targets)
+
+
+def reduce_seconds(cluster: Cluster, amount: int, devices: Sequence[int]) -> float:
+    """Seconds of a ring all-reduce of `amount` bytes among the devices."""
+    count = len(devices)
+    if count < 2 or not amount:
+        return 0.0
+    pairs = [(devices[0], devices[1])] if cluster.has_equal_links else list(_pairs(devices))
+    return max(_ring_seconds(amount, count, *cluster.link(a, b)) for a, b in pairs)
+
+
+def _pairs(devices: Sequence[int]) -> Iterable[tuple[int, int]]:
+    return ((a, b) for k, a in enumerate(devices) for b in devices[k + 1 :])
+
+
+def _ring_seconds(amount: int, count: int, bandwidth: float, latency: float) -> float:
+    return 2 * (count - 1) / count * amount / bandwidth + 2 * (count - 1) * latency
+
+
+def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[StageTerms, ...]:
+    """The terms of every stage of a partition.
+
+    Args:
+        stages: all stages, in order; together they hold every layer once.
+    """
+    costs, cluster = problem.costs, problem.cluster
+    moved, received = _transfers(problem, stages)
+    following = 0
+    result: list[StageTerms] = []
+    for index in reversed(range(len(stages))):
+        stage, count = stages[index], stages[index].num_replicas
+        following += count
+        layers = [costs.layer_by_name[name] for name in stage.layers]
+        parameters = sum(layer.parameter_bytes for layer in layers)
+        transfers = math.fsum(moved[index])
+        reduction = reduce_seconds(cluster, parameters, stage.devices)
+        computes = [compute_seconds(layers, cluster.devices[d]) for d in stage.devices]
+        share = problem.share(count)
+        by_device = tuple(
+            share * (max(c, transfers) if problem.overlap else c + transfers) + reduction / problem.num_microbatches
+            for c in computes
+        )
+        in_flight = problem.in_flight(Position(count, following, problem.num_microbatches))
+        result.append(
+            StageTerms(
+                compute_seconds=max(computes),
+                transfer_seconds=transfers,
+                reduce_seconds=reduction,
+                seconds=max(by_device),
+                seconds_by_device=by_device,
+                in_flight=in_flight,
+                parameter_bytes=parameters,
+                gradient_bytes=math.ceil(problem.gradient_ratio * parameters),
+                optimizer_bytes=math.ceil(problem.optimizer_ratio * parameters),
+                activation_bytes=in_flight * (sum(layer.saved_bytes for layer in layers) + received[index]),
+            )
+        )
+    return tuple(reversed(result))
+
+
+def _transfers(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[list[list[float]], list[int]]:
+    """Seconds of each message of each stage, and the bytes of the activations that it receives."""
+    costs, cluster = problem.costs, problem.cluster
+    stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage.layers}
+    moved: list[list[float]] = [[] for _ in stages]
+    received = [0] * len(stages)
+    for name, producer in costs.producer_by_tensor.items():
+        source, tensor = stage_of[producer], costs.tensor_by_name[name]
+        readers = costs.consumers_by_tensor[name]
+        learners = {stage_of[r] for r in readers if costs.layer_by_name[r].has_backward}
+        targets = sorted({stage_of[r] for r in readers} - {source})
+        for target in targets:
+            received[target] += tensor.bytes
+        for amount, ends in (
+            (tensor.bytes, targets),
+            (tensor.gradient_bytes, [t for t in targets if tensor.gradient_bytes and t in learners]),
+        ):
+            seconds = [link_seconds(cluster, amount, stages[source].devices, stages[t].devices) for t in ends]
+            for target, s in zip(ends, seconds, strict=True):
+                moved[target].append(s)
+            if seconds:
+                moved[source].extend(seconds if problem.fan_out == "stage" else [max(seconds)])
+    return moved, received
+
+
+def device_seconds(stages: Sequence[Stage], terms: Sequence[StageTerms]) -> dict[int, float]:
+    """Seconds per micro-batch of every device in use: the sum over the stages that it holds."""
+    parts: dict[int, list[float]] = {}
+    for stage, term in zip(stages, terms, strict=True):
+        for device, seconds in zip(stage.devices, term.seconds_by_device, strict=True):
+            parts.setdefault(device, []).append(seconds)
+    return {device: math.fsum(seconds) for device, seconds in parts.items()}
+
+
+def device_bytes(stages: Sequence[Stage], terms: Sequence[StageTerms]) -> dict[int, int]:
+    """Bytes that every device in use has to hold."""
+    result: dict[int, int] = {}
+    for stage, term in zip(stages, terms, strict=True):
+        for device in stage.devices:
+            result[device] = result.get(device, 0) + term.total_bytes
+    return result
+
+
+def objective(problem: PartitionProblem, stages: Sequence[Stage]) -> float:
+    """Seconds per micro-batch of the busiest device."""
+    return max(device_seconds(stages, stage_terms(problem, stages)).values())

@@ -1,0 +1,89 @@
+"""Where each layer goes: stages, their devices, and the certificate of how good that is."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pipeflow.errors import PlanError
+from pipeflow.values import Count, Index, Seconds, Value
+
+
+class Mesh(Value):
+    """The devices of one stage, as an array with named axes.
+
+    Attributes:
+        devices: ranks, in row-major order over the axes, each once.
+        axes: (name, size) of each axis; ("replica", R) cuts the batch by sample.
+    """
+
+    devices: tuple[Index, ...]
+    axes: tuple[tuple[str, Count], ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size = math.prod(n for _, n in self.axes)
+        if not self.devices or size != len(self.devices):
+            raise PlanError(f"a mesh of axes {dict(self.axes)} has {size} places, not {len(self.devices)} devices")
+        if len(set(self.devices)) != len(self.devices):
+            raise PlanError(f"mesh devices {self.devices} repeat; replicas of one stage need devices of their own")
+        return self
+
+
+class Stage(Value):
+    """A set of layers that run together, and where.
+
+    Attributes:
+        layers: names, in the graph's order.
+        mesh: its devices.
+    """
+
+    layers: tuple[str, ...] = Field(min_length=1)
+    mesh: Mesh
+
+    @classmethod
+    def replicated(cls, layers: tuple[str, ...] | list[str], devices: tuple[int, ...] | list[int]) -> Stage:
+        """A stage with one data-parallel replica on each of `devices`."""
+        return cls(layers=tuple(layers), mesh=Mesh(devices=tuple(devices), axes=(("replica", len(devices)),)))
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The device of each replica."""
+        return self.mesh.devices
+
+    @property
+    def num_replicas(self) -> int:
+        return dict(self.mesh.axes).get("replica", 1)
+
+
+class Certificate(Value):
+    """How good a partition is, and what no partition of the problem can beat.
+
+    Attributes:
+        partitioner: its name.
+        objective: of the partition, in seconds, as `pipeflow.partitioners.objective` computes it.
+        lower_bound: proven: no feasible partition of the problem has a smaller objective.
+    """
+
+    partitioner: str
+    objective: Seconds
+    lower_bound: Seconds
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the objective is at most, relative to the objective."""
+        return 0.0 if self.objective == 0 else max(0.0, 1.0 - self.lower_bound / self.objective)
+
+
+class Partition(Value):
+    """Stages in an order in which data only flows forward, with their certificate."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    certificate: Certificate
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in use."""
+        return len({d for stage in self.stages for d in stage.devices})

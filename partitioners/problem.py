@@ -1,0 +1,155 @@
+"""What a partitioner is asked: costs, devices, and the rules of the cut.
+
+A problem is a value. It says what counts, not how to search; `pipeflow.partitioners.objective`
+turns it into seconds and bytes for a given cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pipeflow.errors import PlanError
+from pipeflow.graphs.costs import GraphCosts
+from pipeflow.partitioners.cluster import Cluster
+
+if TYPE_CHECKING:
+    from pipeflow.partitioners.atoms import Atoms
+
+
+class Position(NamedTuple):
+    """Where a stage stands in the pipeline, as far as a schedule's memory depends on it.
+
+    Attributes:
+        num_replicas: of the stage.
+        num_replicas_from_here: of this and all later stages, summed.
+        num_microbatches: of a batch.
+    """
+
+    num_replicas: int
+    num_replicas_from_here: int
+    num_microbatches: int
+
+
+InFlight = Callable[[Position], int]
+"""How many micro-batches' activations one replica of a stage holds at once."""
+
+
+def holds_nothing(position: Position) -> int:
+    """Activations take no memory: for costs whose sizes already hold all there is."""
+    return 0
+
+
+def one_forward_one_backward(position: Position) -> int:
+    """The default: a stage runs ahead by as many micro-batches as there are replicas from it on.
+
+    Of these, and of all M, each of its R replicas holds its share:
+    min(ceil(M / R), ceil(replicas from here / R)).
+    """
+    share = math.ceil(position.num_microbatches / position.num_replicas)
+    return min(share, math.ceil(position.num_replicas_from_here / position.num_replicas))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionProblem:
+    """Cut `costs` into stages over `cluster` so that the slowest device is as fast as can be.
+
+    Attributes:
+        costs: the graph, in seconds and bytes for one micro-batch.
+        cluster: the devices.
+        num_microbatches: M of a batch; replicas share them, and gradients are reduced once for all.
+        in_flight: the schedule's memory, a pure function of the position of a stage.
+        num_stages: exactly so many; None leaves it open.
+        max_stages: at most so many.
+        replicas: exactly so many replicas of each stage in turn; None leaves it open.
+        max_replicas: at most so many of any stage; 1 forbids replication, None leaves it open.
+        optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
+        gradient_ratio: bytes of gradients for each byte of parameters.
+        overlap: whether transfers run while a device computes: then the longer of the two
+            counts, otherwise their sum.
+        fan_out: what a stage pays to send a tensor that several other stages read: "stage", once
+            for each of them; "tensor", once.
+        unordered: layers that the order of the stages does not bind (the backward half of a
+            training graph); an edge counts for the order only if neither end is among them.
+        together: groups of layers that must share a stage, beside the costs' colocated ones.
+
+    Raises:
+        PlanError: a count below 1, or replicas that contradict the number of stages.
+    """
+
+    costs: GraphCosts
+    cluster: Cluster
+    num_microbatches: int = 1
+    in_flight: InFlight = one_forward_one_backward
+    num_stages: int | None = None
+    max_stages: int | None = None
+    replicas: tuple[int, ...] | None = None
+    max_replicas: int | None = None
+    optimizer_ratio: float = 2.0
+    gradient_ratio: float = 1.0
+    overlap: bool = False
+    fan_out: Literal["stage", "tensor"] = "stage"
+    unordered: frozenset[str] = field(default_factory=frozenset)
+    together: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"{name}={value}; it must be at least 1")
+        if self.optimizer_ratio < 0 or self.gradient_ratio < 0:
+            raise PlanError(
+                f"optimizer_ratio={self.optimizer_ratio}, gradient_ratio={self.gradient_ratio}; neither may be negative"
+            )
+        if self.replicas is not None:
+            if not self.replicas or min(self.replicas) < 1:
+                raise PlanError(f"replicas={self.replicas}; give one count of at least 1 for each stage")
+            if self.num_stages not in (None, len(self.replicas)):
+                raise PlanError(
+                    f"num_stages={self.num_stages}, but replicas={self.replicas} are for {len(self.replicas)} stages"
+                )
+            if self.max_replicas is not None and max(self.replicas) > self.max_replicas:
+                raise PlanError(f"replicas={self.replicas}, but max_replicas={self.max_replicas}; raise the limit")
+        count = self.stage_count
+        if count is not None and self.max_stages is not None and count > self.max_stages:
+            raise PlanError(f"{count} stages are asked for, but max_stages={self.max_stages}; raise the limit")
+
+    @property
+    def stage_count(self) -> int | None:
+        """The number of stages asked for, or None."""
+        return len(self.replicas) if self.replicas is not None else self.num_stages
+
+    @property
+    def stage_limit(self) -> int:
+        """No partition of the problem can have more stages: limits, devices and atoms considered."""
+        limit = min(self.cluster.num_devices, self.atoms.count)
+        return min(limit, *(n for n in (self.stage_count, self.max_stages) if n is not None), limit)
+
+    @property
+    def replica_limit(self) -> int:
+        """No stage can have more replicas."""
+        if self.replicas is not None:
+            return max(self.replicas)
+        limit = self.cluster.num_devices
+        return limit if self.max_replicas is None else min(limit, self.max_replicas)
+
+    @property
+    def device_limit(self) -> int:
+        """No partition can use more devices."""
+        if self.replicas is not None:
+            return min(sum(self.replicas), self.cluster.num_devices)
+        return min(self.cluster.num_devices, self.stage_limit * self.replica_limit)
+
+    @cached_property
+    def atoms(self) -> Atoms:
+        """The layers grouped into what every valid partition keeps together, as arrays."""
+        from pipeflow.partitioners.atoms import find_atoms
+
+        return find_atoms(self.costs, self.unordered, self.together)
+
+    def share(self, num_replicas: int) -> float:
+        """The part of all micro-batches that the busiest replica runs: ceil(M / R) / M."""
+        return math.ceil(self.num_microbatches / num_replicas) / self.num_microbatches

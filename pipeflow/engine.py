@@ -1,0 +1,460 @@
+"""The engine: a graph, a plan and weights, and what one does with them.
+
+It builds each rank's stages, has the plan proved, and hands batches to the executors. Where
+ranks are threads of this process it holds all of them; under `torchrun` it holds one, and every
+rank makes the same calls with the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from pipeflow.errors import BatchError, EngineError, LayerFailure, PlanError
+from pipeflow.execution_plan import Plan
+from pipeflow.flows import flows
+from pipeflow.graphs.batch import check_batch
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.lowering import lower
+from pipeflow.program import Mode, Program, Send, rank_of
+from pipeflow.runtime import checkpoint
+from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
+from pipeflow.runtime.executor import Executor
+from pipeflow.runtime.measurement import Measurement, Recorder
+from pipeflow.runtime.microbatch import microbatch_sizes
+from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
+from pipeflow.runtime.result import StepResult
+from pipeflow.runtime.stage import compile_stage
+from pipeflow.runtime.state import copy_into, needed_layers
+from pipeflow.runtime.threads import Exchange, ThreadTransport
+from pipeflow.runtime.transport import Aborted, Transport
+from pipeflow.runtime.workers import Workers
+from pipeflow.verifier import verify
+
+TransportKind = Literal["auto", "threads", "distributed"]
+
+
+class Engine(AbstractContextManager["Engine"]):
+    """Trains and runs a layer graph by a plan.
+
+    >>> with pf.Engine(graph, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)) as engine:
+    ...     loss = engine.step(batch).loss                                    # doctest: +SKIP
+
+    Args:
+        graph: the layer graph. Its modules give the initial weights and are not changed.
+        plan: for this graph. It is verified before anything runs.
+        optimizer: makes an optimizer for a list of parameters; called once per stage replica.
+            None for inference alone.
+        lr_scheduler: makes a scheduler from an optimizer; stepped after each step.
+        seed: for lazily built layers and random ones. The same seed gives the same training
+            under any plan.
+        transport: "threads" runs all ranks in this process, "distributed" is one rank of a
+            `torchrun` job; "auto" is distributed where there is such a job.
+        devices: a torch device for each rank; by default those that the plan's cluster names.
+        num_threads: threads torch may use in each rank; by default the process's, shared out.
+        measure: record how long each stage takes (`measured`).
+
+    Raises:
+        PlanError: the plan is for another graph, or asks for what this version does not run.
+        VerificationError: the plan would not run to its end.
+        PlanMismatch: the ranks hold different plans.
+        EngineError: a device is not there, or the job has another number of ranks than the plan.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        plan: Plan,
+        optimizer: OptimizerFactory | None = None,
+        *,
+        lr_scheduler: SchedulerFactory | None = None,
+        seed: int = 0,
+        transport: TransportKind = "auto",
+        devices: Sequence[torch.device | str] | None = None,
+        num_threads: int | None = None,
+        measure: bool = False,
+    ) -> None:
+        graph.check()
+        _check_match(graph, plan)
+        verify(plan)
+        self.graph = graph
+        self.plan = plan
+        self._programs = {mode: lower(plan, mode=mode) for mode in Mode}
+        self._flows = flows(plan.costs, [stage.layers for stage in plan.stages])
+        self._measure = measure
+        self._step = 0
+        self._failed: str | None = None
+        self._has_optimizer = optimizer is not None
+        self._distributed = transport == "distributed" or (transport == "auto" and is_launched())
+        self._devices = _resolve_devices(plan, devices, distributed=self._distributed)
+        self._exchange = Exchange(plan.num_ranks, plan.placement)
+        self._remote: DistributedTransport | None = None
+        ranks = tuple(range(plan.num_ranks))
+        if self._distributed:
+            self._remote = self._join(seed)
+            ranks = (self._remote.rank,)
+        self._workers = Workers(ranks, num_threads=num_threads)
+        self._replicas = {rank: self._build_rank(rank, optimizer, lr_scheduler, seed) for rank in ranks}
+        self._executors: dict[tuple[Mode, tuple[str, ...] | None], dict[int, Executor]] = {}
+        self._recorder = Recorder(plan)
+        if self._remote is not None:
+            self._agree_on_weights(self._remote)
+
+    # --- setting up -----------------------------------------------------------------------
+
+    def _join(self, seed: int) -> DistributedTransport:
+        connect()
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if world_size != self.plan.num_ranks:
+            raise EngineError(
+                f"the job has {world_size} ranks and the plan {self.plan.num_ranks}; start with "
+                f"--nproc-per-node {self.plan.num_ranks}, or plan for {world_size} devices"
+            )
+        channels = sorted(
+            {
+                (source, action.peer)
+                for program in self._programs.values()
+                for source, actions in enumerate(program.actions_by_rank)
+                for action in actions
+                if isinstance(action, Send)
+            }
+        )
+        settings = json.dumps([self.plan.digest, self.graph.digest, seed, self._has_optimizer])
+        return DistributedTransport(
+            self.plan.placement,
+            channels,
+            dict(self.graph.specs),
+            digest=hashlib.sha256(settings.encode()).hexdigest(),
+            device=self._devices[rank],
+        )
+
+    def _build_rank(
+        self, rank: int, optimizer: OptimizerFactory | None, lr_scheduler: SchedulerFactory | None, seed: int
+    ) -> dict[int, StageReplica]:
+        replicas = {}
+        for index, stage in enumerate(self.plan.stages):
+            if rank in stage.devices:
+                replicas[index] = StageReplica(self.graph, stage.layers, device=self._devices[rank], seed=seed)
+                if optimizer is not None:
+                    replicas[index].make_optimizer(optimizer, lr_scheduler)
+        return replicas
+
+    def _agree_on_weights(self, remote: DistributedTransport) -> None:
+        """Every replica starts from the weights of its stage's first, as each rank built its own."""
+        for index, stage in enumerate(self.plan.stages):
+            if stage.num_replicas > 1 and remote.rank in stage.devices:
+                for tensor in self._replicas[remote.rank][index].tensors().values():
+                    remote.broadcast_in_stage(tensor, index)
+
+    def _executor(self, mode: Mode, outputs: tuple[str, ...] | None) -> dict[int, Executor]:
+        """The bound programs of the local ranks; for predictions, cut down to what they need."""
+        key = (mode, outputs)
+        if key not in self._executors:
+            layers = frozenset(self.graph.layers) if outputs is None else needed_layers(self.graph, outputs)
+            program = self._programs[mode]
+            self._executors[key] = {
+                rank: self._bind(program, rank, layers, outputs or ()) for rank in self._workers.ranks
+            }
+        return self._executors[key]
+
+    def _bind(self, program: Program, rank: int, layers: frozenset[str], outputs: tuple[str, ...]) -> Executor:
+        train = program.mode is Mode.TRAIN
+        stages = {
+            index: StageState(
+                compile_stage(
+                    self.graph,
+                    index,
+                    [layer for layer in replica.layers if layer in layers],
+                    self._flows,
+                    replica.functions,
+                    train=train,
+                ),
+                replica,
+            )
+            for index, replica in self._replicas[rank].items()
+        }
+        device = self._devices[rank]
+        transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device)
+        binder = Binder(
+            rank=rank,
+            state=RankState(self.graph, stages, self.plan.num_microbatches, device),
+            transport=transport,
+            placement=self.plan.placement,
+            flow_by_tensor=self._flows,
+            carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in self.graph.layers[n].inputs),
+            keep=outputs,
+            train=train,
+        )
+        actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
+        return Executor(actions, binder, measure=self._measure and train)
+
+    # --- running --------------------------------------------------------------------------
+
+    def step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Trains on one batch: forward, backward, one optimizer step.
+
+        Args:
+            batch: a tensor for every input that this process's stages read (in one process: for
+                every input), the batch dimension first; any number of samples from 1.
+
+        Returns:
+            The losses, the same on every rank.
+
+        Raises:
+            BatchError: the batch does not fit the graph; nothing was sent.
+            LayerFailure: a layer raised, here or on another rank. The engine is of no use after.
+            EngineError: no optimizer was given, or the engine has failed or is closed.
+        """
+        if not self._has_optimizer:
+            raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
+        start = time.perf_counter()
+        result = self._run(Mode.TRAIN, batch, None)
+        if self._measure:
+            spans = {rank: executor.spans for rank, executor in self._executor(Mode.TRAIN, None).items()}
+            self._recorder.record(spans, time.perf_counter() - start)
+        self._step += 1
+        return result
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """The losses of a batch with the layers in evaluation mode; nothing is trained.
+
+        Arguments and errors as `step`.
+        """
+        return self._run(Mode.INFER, batch, None)
+
+    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Output tensors for a batch, on every rank, with the layers in evaluation mode.
+
+        Args:
+            batch: tensors for the inputs that the outputs depend on.
+            outputs: names of tensors that layers compute; by default `graph.outputs`.
+
+        Returns:
+            By name, the samples in the order of the batch. Errors as `step`.
+        """
+        names = tuple(self.graph.outputs if outputs is None else outputs)
+        layers = needed_layers(self.graph, names)
+        result = self._run(Mode.INFER, batch, names)
+        executors = self._executor(Mode.INFER, names)
+        sizes = microbatch_sizes(result.num_samples, self.plan.num_microbatches)
+        producer = {t: n for n in layers for t in self.graph.layers[n].outputs}
+        gathered = {}
+        for name in names:
+            stage = self.plan.stage_by_layer[producer[name]]
+            parts: list[Tensor] = []
+            for m, size in enumerate(sizes):
+                if size:
+                    owner = rank_of(self.plan.placement, stage, m)
+                    kept = executors[owner].state.outputs[name][m] if owner in executors else None
+                    if self._remote is not None:
+                        kept = self._remote.give(kept, name, size, owner)
+                    assert kept is not None
+                    parts.append(kept)
+            gathered[name] = torch.cat([part.to(parts[0].device) for part in parts])
+        return gathered
+
+    def _run(self, mode: Mode, batch: Mapping[str, Tensor], outputs: tuple[str, ...] | None) -> StepResult:
+        if self._failed:
+            raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
+        executors = self._executor(mode, outputs)
+        num_samples = self._check_batch(batch, executors)
+        sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
+        train = mode is Mode.TRAIN
+
+        def task(rank: int) -> None:
+            for replica in self._replicas[rank].values():
+                replica.train(train)
+            try:
+                with torch.set_grad_enabled(train):
+                    executors[rank].run(batch, sizes, self._step)
+            except BaseException as error:
+                self._spread(error)
+                raise
+
+        _, errors = self._workers.run(task)
+        if errors:
+            self._raise(errors)
+        first = executors[self._workers.ranks[0]]
+        losses = dict(first.losses)
+        weights = {name: self.graph.layers[name].weight for name in self.graph.losses}
+        return StepResult(num_samples, weights, lambda: losses)
+
+    def _check_batch(self, batch: Mapping[str, Tensor], executors: Mapping[int, Executor]) -> int:
+        required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
+        try:
+            return check_batch(self.graph.inputs, batch, required=required)
+        except BatchError as error:
+            if self._remote is not None:
+                self._spread(_batch_failure(error, self._remote.rank, self._step))
+                self._failed = f"a batch was refused: {error}"
+            raise
+
+    def _spread(self, error: BaseException) -> None:
+        """Lets every other rank know, so that none waits for this one."""
+        if self._remote is None:
+            self._exchange.abort()
+        elif isinstance(error, LayerFailure):
+            self._remote.report(error)
+        else:
+            self._remote.abort()
+
+    def _raise(self, errors: list[BaseException]) -> None:
+        """Raises what went wrong first, rather than what followed from it."""
+        own = [e for e in errors if not isinstance(e, Aborted)]
+        error = own[0] if own else errors[0]
+        self._failed = str(error)
+        if isinstance(error, Aborted):
+            if self._remote is not None and self._remote.disagreement:
+                raise BatchError(self._remote.disagreement) from None
+            reported = None if self._remote is None else self._remote.failure()
+            rank = -1 if self._remote is None else self._remote.rank
+            raise reported or LayerFailure(
+                rank=rank,
+                stage=None,
+                layer=None,
+                microbatch=None,
+                step=self._step,
+                phase="transport",
+                original=f"a peer is gone or sent something else than planned: {error}",
+            ) from None
+        raise error
+
+    # --- state ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all parameters and persistent buffers, gathered from all stages, on every rank.
+
+        Returns:
+            CPU tensors by `<layer>.<name>`; a shared parameter stands once, under its first name.
+        """
+        result = {}
+        for name, spec in {**self.graph.parameters, **self.graph.buffers}.items():
+            stage = self.plan.stage_by_layer[self.graph.owner(name)]
+            owner = self.plan.stages[stage].devices[0]
+            own = self._replicas[owner][stage].tensors()[name] if owner in self._replicas else None
+            if self._remote is None:
+                assert own is not None
+                result[name] = own.detach().to("cpu", copy=True)
+            else:
+                result[name] = self._remote.give_shaped(own, spec.shape_at(1), getattr(torch, spec.dtype), owner).cpu()
+        return result
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes parameters and buffers, by the names that `state_dict` gives; on every rank.
+
+        Raises:
+            CheckpointError: a name is missing or unknown, or a shape or dtype differs.
+        """
+        names = (*self.graph.parameters, *self.graph.buffers)
+        for replicas in self._replicas.values():
+            for replica in replicas.values():
+                copy_into(replica.tensors(), state, names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes weights, optimizer and scheduler state and the step count to a folder.
+
+        Any plan for the same graph can load it. Collective under `torchrun`: every rank calls it,
+        with a path that all reach.
+        """
+        checkpoint.save(path, self.graph, self._owned(), step=self._step)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads what `save` wrote, under this or any other plan.
+
+        Raises:
+            CheckpointError: files are missing or altered, or the checkpoint is another model's.
+        """
+        self._step = checkpoint.load(path, self.graph, [r for reps in self._replicas.values() for r in reps.values()])
+
+    def _owned(self) -> list[StageReplica]:
+        """The stages whose first replica is here: those that this process saves."""
+        return [
+            replica
+            for rank, replicas in self._replicas.items()
+            for index, replica in replicas.items()
+            if self.plan.stages[index].devices[0] == rank
+        ]
+
+    @property
+    def num_steps(self) -> int:
+        """Training steps taken, those before a loaded checkpoint included."""
+        return self._step
+
+    def measured(self) -> Measurement:
+        """Median seconds of each stage and of an iteration over the steps so far.
+
+        Collective under `torchrun`. Raises EngineError without `measure=True` or a step.
+        """
+        return self._recorder.summary(self._remote)
+
+    def close(self) -> None:
+        """Ends the ranks' threads and lets go of process groups. The engine is of no use after."""
+        self._failed = self._failed or "it is closed"
+        self._workers.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_match(graph: LayerGraph, plan: Plan) -> None:
+    if plan.graph_digest and plan.graph_digest != graph.digest:
+        raise PlanError(
+            f"the plan is for the graph {plan.graph_digest[:12]}, this graph {graph.name!r} is {graph.digest[:12]}; "
+            "plan again for it"
+        )
+    if tuple(graph.layers) != tuple(layer.name for layer in plan.costs.layers):
+        raise PlanError(f"the plan's layers are not those of graph {graph.name!r} in its order; plan again for it")
+
+
+def _resolve_devices(
+    plan: Plan, devices: Sequence[torch.device | str] | None, *, distributed: bool
+) -> tuple[torch.device, ...]:
+    """A torch device for each rank. One process per GPU under `torchrun`, else as the cluster names them."""
+    if devices is not None:
+        if len(devices) != plan.num_ranks:
+            raise EngineError(f"{len(devices)} devices for {plan.num_ranks} ranks; give one for each")
+        return tuple(torch.device(d) for d in devices)
+    resolved = []
+    for rank in range(plan.num_ranks):
+        if plan.cluster.devices[rank].kind != "cuda":
+            resolved.append(torch.device("cpu"))
+            continue
+        count = torch.cuda.device_count()
+        if not count or (rank >= count and not distributed):
+            raise EngineError(
+                f"rank {rank} is on {plan.cluster.devices[rank].name!r} and this machine has {count} CUDA devices; "
+                "plan for the devices there are, or pass devices="
+            )
+        local = int(os.environ.get("LOCAL_RANK", rank)) if distributed else rank
+        resolved.append(torch.device("cuda", local % count))
+    return tuple(resolved)
+
+
+def _batch_failure(error: BatchError, rank: int, step: int) -> LayerFailure:
+    return LayerFailure(
+        rank=rank,
+        stage=None,
+        layer=None,
+        microbatch=None,
+        step=step,
+        phase="batch",
+        original=f"BatchError: {error}",
+    )

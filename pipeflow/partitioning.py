@@ -1,0 +1,180 @@
+"""The partitioner by itself: anyone's costs in, stages and a certificate out.
+
+Turns a profile (or costs) and a few limits into a `PartitionProblem`, runs one partitioner, and
+says the result in the units of the file. It neither plans a schedule nor runs anything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from pipeflow.errors import FormatError, Infeasible, PlanError
+from pipeflow.graphs.costs import GraphCosts
+from pipeflow.graphs.formats import FORMATS
+from pipeflow.graphs.formats.profile import Profile
+from pipeflow.partitioners import PARTITIONERS
+from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.problem import PartitionProblem, holds_nothing
+from pipeflow.values import Count, Value
+
+
+class PartitionReport(Value):
+    """A partition in the units of the file that it was made from.
+
+    Attributes:
+        objective: of the bottleneck per micro-batch, in the file's unit of time.
+        lower_bound: proven, in the same unit.
+        gap: 1 - lower_bound / objective.
+        seconds: that the search took.
+        partitioner: what found it.
+        stages: the layers of each stage, in order.
+        replicas: of each stage.
+    """
+
+    objective: float
+    lower_bound: float
+    gap: float
+    seconds: float
+    partitioner: str
+    stages: tuple[tuple[str, ...], ...]
+    replicas: tuple[Count, ...]
+
+
+def partition(
+    source: GraphCosts | Profile | str | os.PathLike[str],
+    *,
+    format: str = "pipeflow",
+    num_devices: int | None = None,
+    cluster: Cluster | None = None,
+    memory_bytes: int | None = None,
+    bandwidth: float | None = None,
+    latency: float = 0.0,
+    partitioner: str | Callable[[PartitionProblem], Partition] = "auto",
+    num_stages: int | None = None,
+    max_stages: int | None = None,
+    replicas: tuple[int, ...] | None = None,
+    max_replicas: int | None = None,
+    num_microbatches: int | None = None,
+    overlap: bool = False,
+) -> PartitionReport:
+    """Cuts a graph into stages for a pipeline, with a proof of how good the cut is.
+
+    Args:
+        source: costs, a profile, or the path of a file.
+        format: of the file: a name in `pipeflow.graphs.formats.FORMATS`.
+        num_devices: alike devices; by default as many as the file says.
+        cluster: the devices themselves, instead of `num_devices`, `memory_bytes`, `bandwidth` and
+            `latency`.
+        memory_bytes: of one device; by default the file's limit.
+        bandwidth: of every link in bytes per second; by default the file's, or else unlimited.
+        latency: of every link in seconds.
+        partitioner: a name in `PARTITIONERS`, or a function.
+        num_stages, max_stages, replicas, max_replicas, num_microbatches, overlap: as in
+            `PartitionProblem`; formats without gradients to reduce allow one replica.
+
+    Raises:
+        FormatError: the file is not what its format promises, or the format is unknown.
+        PlanError: arguments contradict each other.
+        Infeasible: no partition satisfies the limits.
+    """
+    profile = read_profile(source, format)
+    problem = problem_of(
+        profile,
+        num_devices=num_devices,
+        cluster=cluster,
+        memory_bytes=memory_bytes,
+        bandwidth=bandwidth,
+        latency=latency,
+        num_microbatches=num_microbatches,
+    )
+    problem = replace(
+        problem,
+        num_stages=num_stages,
+        max_stages=max_stages,
+        replicas=replicas,
+        max_replicas=max_replicas if profile.holds_state else 1,
+        overlap=overlap,
+    )
+    if isinstance(partitioner, str):
+        if partitioner not in PARTITIONERS:
+            raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
+        partitioner = PARTITIONERS[partitioner]
+    begin = time.perf_counter()
+    found = partitioner(problem)
+    seconds = time.perf_counter() - begin
+    unit, certificate = profile.seconds_per_unit, found.certificate
+    return PartitionReport(
+        objective=certificate.objective / unit,
+        lower_bound=certificate.lower_bound / unit,
+        gap=certificate.gap,
+        seconds=seconds,
+        partitioner=certificate.partitioner,
+        stages=tuple(stage.layers for stage in found.stages),
+        replicas=tuple(stage.num_replicas for stage in found.stages),
+    )
+
+
+def read_profile(source: GraphCosts | Profile | str | os.PathLike[str], format: str = "pipeflow") -> Profile:
+    """The profile in a file, or made of costs.
+
+    Raises:
+        FormatError: the file is missing or not what its format promises, or the format is unknown.
+    """
+    if isinstance(source, Profile):
+        return source
+    if isinstance(source, GraphCosts):
+        return Profile(format="pipeflow", costs=source)
+    if format not in FORMATS:
+        raise FormatError(f"{format!r} is no format; known are {', '.join(FORMATS)}")
+    path = Path(source)
+    if not path.is_file():
+        raise FormatError(f"{path} is not a file; give the path of a {format} file")
+    return FORMATS[format](path)
+
+
+def problem_of(
+    profile: Profile,
+    *,
+    num_devices: int | None = None,
+    cluster: Cluster | None = None,
+    memory_bytes: int | None = None,
+    bandwidth: float | None = None,
+    latency: float = 0.0,
+    num_microbatches: int | None = None,
+) -> PartitionProblem:
+    """The partition problem that a profile poses, with what the caller fixes instead.
+
+    Raises:
+        PlanError: neither the caller nor the file says how many devices there are.
+        Infeasible: a layer runs on none of them.
+    """
+    if profile.unsupported:
+        names = ", ".join(profile.unsupported[:4])
+        raise Infeasible([f"layers {names} run on no accelerator; the file says so, and there are no other devices"])
+    if cluster is None:
+        count = num_devices or profile.num_devices
+        if count is None:
+            raise PlanError("the number of devices is not known; give num_devices or a cluster")
+        cluster = Cluster.uniform(
+            count,
+            memory_bytes=profile.memory_bytes if memory_bytes is None else memory_bytes,
+            bandwidth=bandwidth or profile.bandwidth,
+            latency=latency,
+        )
+    elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
+        raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
+    problem = PartitionProblem(
+        costs=profile.costs,
+        cluster=cluster,
+        num_microbatches=num_microbatches or profile.num_microbatches or 1,
+        unordered=frozenset(profile.unordered),
+        fan_out="tensor" if profile.sends_once else "stage",
+    )
+    if profile.holds_state:
+        return problem
+    return replace(problem, in_flight=holds_nothing, gradient_ratio=0.0, optimizer_ratio=0.0, max_replicas=1)

@@ -1,0 +1,106 @@
+"""A plan as a plain-text table: what each stage holds and costs, and which one is the bottleneck.
+
+The seconds are the partitioner's (`pipeflow.partitioners.objective`), per micro-batch of the batch;
+what an iteration takes is the simulator's to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeflow.partitioners.objective import StageTerms, device_seconds, stage_terms
+from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.schedules import resolve_schedule
+from pipeflow.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from pipeflow.execution_plan import Plan
+
+_HEADER = ("stage", "layers", "devices", "compute", "transfer", "reduce", "seconds", "bytes", "")
+
+
+def plan_table(plan: Plan) -> str:
+    """The table, without a trailing newline.
+
+    Columns: compute and transfer seconds of one micro-batch on a device of the stage; reduce, the
+    seconds of one gradient reduction; seconds, what the stage's busiest replica spends for each
+    micro-batch of the batch; bytes of one replica, with the micro-batches that the schedule keeps
+    in flight. The stage on the busiest device that takes the longest is marked.
+    """
+    certificate = plan.certificate
+    terms = _terms(plan)
+    bottleneck = _bottleneck(plan, terms)
+    rows = [_HEADER] + [
+        (
+            str(index),
+            _layers(stage.layers),
+            ", ".join(map(str, stage.devices)),
+            format_seconds(term.compute_seconds),
+            format_seconds(term.transfer_seconds),
+            format_seconds(term.reduce_seconds),
+            format_seconds(term.seconds),
+            format_bytes(term.total_bytes),
+            "< bottleneck" if index == bottleneck else "",
+        )
+        for index, (stage, term) in enumerate(zip(plan.stages, terms, strict=True))
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    samples = f"{plan.costs.samples} sample{'s' if plan.costs.samples > 1 else ''}"
+    lines = [
+        f"plan of {plan.costs.name!r}: {plan.schedule}, {plan.num_microbatches} micro-batches of {samples}, "
+        f"batch of {plan.batch_size}, digest {plan.digest[:12]}",
+        f"{certificate.partitioner}: {format_seconds(certificate.objective)} per micro-batch, lower bound "
+        f"{format_seconds(certificate.lower_bound)}, gap {certificate.gap:.1%}",
+        "",
+    ]
+    for row in rows:
+        # Text to the left, numbers to the right.
+        cells = [
+            cell.ljust(w) if i in (1, 2, 8) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _terms(plan: Plan) -> tuple[StageTerms, ...]:
+    """The terms of every stage, transfers counted as the plan's certificate does.
+
+    A plan does not say whether its partitioner overlapped transfers with computes: added is the
+    rule, unless only the other agrees with the objective that is certified.
+    """
+    results = []
+    for overlap in (False, True):
+        problem = PartitionProblem(
+            costs=plan.costs,
+            cluster=plan.cluster,
+            num_microbatches=plan.num_microbatches,
+            in_flight=resolve_schedule(plan.schedule).in_flight,
+            optimizer_ratio=plan.optimizer_ratio,
+            overlap=overlap,
+        )
+        terms = stage_terms(problem, plan.stages)
+        seconds = max(device_seconds(plan.stages, terms).values())
+        results.append((terms, math.isclose(seconds, plan.certificate.objective, rel_tol=1e-9)))
+    (added, _), (overlapped, agrees) = results
+    return overlapped if agrees and not results[0][1] else added
+
+
+def _bottleneck(plan: Plan, terms: Sequence[StageTerms]) -> int:
+    """The longest stage on the busiest device."""
+    by_device = device_seconds(plan.stages, terms)
+    busiest = max(by_device, key=lambda device: (by_device[device], -device))
+    on_it = [i for i, stage in enumerate(plan.stages) if busiest in stage.devices]
+    return max(on_it, key=lambda i: (terms[i].seconds, -i))
+
+
+def _layers(names: Sequence[str]) -> str:
+    if len(names) <= 2:
+        return ", ".join(map(_short, names))
+    return f"{_short(names[0])}..{_short(names[-1])} ({len(names)})"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"...{name[-21:]}"

@@ -1,0 +1,285 @@
+"""Each action of a program, bound once to the rows it works on.
+
+`bind` turns an action into a function without arguments. All names, shapes and peers are
+resolved here; what is left for the step is list access and torch calls.
+
+A micro-batch with no samples is not computed, but its transfers still happen, empty: the
+number of messages depends on the program alone, so ranks that disagree about a batch never
+wait for each other in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeflow.errors import PlanError
+from pipeflow.flows import Flow, routes
+from pipeflow.program import (
+    Action,
+    Compute,
+    Direction,
+    Free,
+    Kind,
+    Placement,
+    Receive,
+    Reduce,
+    Route,
+    Send,
+    Step,
+    rank_of,
+)
+from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.stage import Slots
+from pipeflow.runtime.transport import Payload, Transport
+
+Closure = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Binder:
+    """What actions are bound to.
+
+    Attributes:
+        rank: this rank.
+        state: its rows.
+        transport: its end of the communication.
+        placement: ranks of each stage's replicas.
+        flow_by_tensor: of the plan.
+        carried: (tensor, target stage) pairs that a forward transfer carries; others stay behind.
+        keep: tensors to keep as outputs.
+        train: whether backward will follow.
+    """
+
+    rank: int
+    state: RankState
+    transport: Transport
+    placement: Placement
+    flow_by_tensor: Mapping[str, Flow]
+    carried: frozenset[tuple[str, int]]
+    keep: tuple[str, ...]
+    train: bool
+
+    def bind(self, action: Action) -> Closure | None:
+        """The action as a function, or None where nothing is left to do."""
+        match action:
+            case Compute(kind=Kind.FORWARD):
+                return self._forward(action.stage, action.microbatch)
+            case Compute(kind=Kind.BACKWARD):
+                return self._backward(action.stage, action.microbatch)
+            case Compute():
+                raise PlanError(
+                    f"action {action} splits the backward, which this version does not run; choose a schedule "
+                    "with whole backwards"
+                )
+            case Send():
+                return self._send(action)
+            case Receive():
+                return self._receive(action)
+            case Free():
+                return self._free(action)
+            case Reduce():
+                return self._reduce(action.stage)
+            case Step():
+                return self._step(action.stage)
+
+    def payload(self, route: Route) -> tuple[str, ...]:
+        """What the route carries for this executor; both ends agree on it."""
+        if route.direction is Direction.BACKWARD:
+            return route.payload
+        return tuple(t for t in route.payload if (t, route.target) in self.carried)
+
+    def _local_routes(self, stage: int, microbatch: int, direction: Direction) -> list[Route]:
+        """Routes from the stage to others that this rank runs too, for this micro-batch."""
+        return [
+            route
+            for route in routes(self.flow_by_tensor)
+            if route.direction is direction
+            and route.source == stage
+            and rank_of(self.placement, route.target, microbatch) == self.rank
+        ]
+
+    def _forward(self, index: int, m: int) -> Closure:
+        state, stage = self.state, self.state.stages[index]
+        compiled, arrivals, live, sizes = stage.compiled, stage.arrivals, stage.live, state.sizes
+        blank: Slots = [None] * compiled.num_slots
+        feed, feeds = state.feed, compiled.feeds
+        leaves = [(leaf.tensor, leaf.slot, leaf.needs_gradient and self.train) for leaf in compiled.leaves]
+        calls = compiled.calls
+        losses = [(state.losses, name, slot) for name, slot in compiled.loss_slots]
+        kept = [(t, compiled.slot_by_tensor[t]) for t in self.keep if t in compiled.slot_by_tensor]
+        handover = [
+            (self.state.stages[route.target], tensor, compiled.slot_by_tensor[tensor])
+            for route in self._local_routes(index, m, Direction.FORWARD)
+            for tensor in self.payload(route)
+        ]
+        random_layers = stage.replica.random_layers
+
+        def forward() -> None:
+            if not sizes[m]:
+                return
+            slots = blank.copy()
+            live[m] = slots
+            for name, slot in feeds:
+                slots[slot] = feed[name][m]
+            if leaves:
+                row = arrivals[m]
+                for name, slot, needs_gradient in leaves:
+                    leaf = row[name].detach()
+                    slots[slot] = leaf.requires_grad_() if needs_gradient else leaf
+                row.clear()
+            for layer in random_layers:
+                layer.first_sample = state.offsets[m]
+            for call in calls:
+                call(slots)
+            for target, name, slot in handover:
+                target.arrivals[m][name] = slots[slot]
+            for table, name, slot in losses:
+                table[name][m] = slots[slot].detach()
+            for name, slot in kept:
+                state.outputs.setdefault(name, {})[m] = slots[slot].detach()
+
+        return forward
+
+    def _backward(self, index: int, m: int) -> Closure:
+        state, stage = self.state, self.state.stages[index]
+        compiled, gradients, live, sizes, seeds = stage.compiled, stage.gradients, stage.live, state.sizes, state.seeds
+        roots = [(root.slot, root.parts[-1], root.parts[-2::-1]) for root in compiled.roots]
+        losses = compiled.loss_slots
+        leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
+        handover = [
+            (self.state.stages[route.target].gradients, part, leaf_by_part[part])
+            for route in self._local_routes(index, m, Direction.BACKWARD)
+            for part in route.payload
+        ]
+        run_backward = torch.autograd.backward
+
+        def backward() -> None:
+            if not sizes[m]:
+                return
+            slots = live[m]
+            assert slots is not None
+            tensors: list[Tensor] = []
+            upstream: list[Tensor] = []
+            row = gradients[m]
+            for slot, last, others in roots:
+                if slots[slot].requires_grad:
+                    gradient = row[last]
+                    for part in others:
+                        gradient = gradient + row[part]
+                    tensors.append(slots[slot])
+                    upstream.append(gradient)
+            for name, slot in losses:
+                if slots[slot].requires_grad:
+                    tensors.append(slots[slot])
+                    upstream.append(seeds[name][m])
+            if tensors:
+                run_backward(tensors, upstream)
+            if row:
+                row.clear()
+            for target, part, slot in handover:
+                target[m][part] = _gradient(slots[slot])
+
+        return backward
+
+    def _send(self, action: Send) -> Closure | None:
+        names = self.payload(action.route)
+        if not names:
+            return None
+        stage, m = self.state.stages[action.route.source], action.microbatch
+        live, sizes = stage.live, self.state.sizes
+        send = self.transport.sender(Route(*action.route[:3], names), action.peer)
+        forward = action.route.direction is Direction.FORWARD
+        if forward:
+            slots_sent = [stage.compiled.slot_by_tensor[t] for t in names]
+        else:
+            leaf_by_part = {leaf.part: leaf.slot for leaf in stage.compiled.leaves}
+            slots_sent = [leaf_by_part[part] for part in names]
+
+        def post() -> None:
+            slots = live[m]
+            if not sizes[m] or slots is None:
+                send(m, None)
+            elif forward:
+                send(m, [slots[i].detach() for i in slots_sent])
+            else:
+                send(m, [_gradient(slots[i]) for i in slots_sent])
+
+        return post
+
+    def _receive(self, action: Receive) -> Closure | None:
+        names = self.payload(action.route)
+        if not names:
+            return None
+        stage, m = self.state.stages[action.route.target], action.microbatch
+        rows: Sequence[dict[str, Tensor]]
+        rows = stage.arrivals if action.route.direction is Direction.FORWARD else stage.gradients
+        receive: Callable[[int], Payload] = self.transport.receiver(Route(*action.route[:3], names), action.peer)
+
+        def wait() -> None:
+            payload = receive(m)
+            if payload is not None:
+                rows[m].update(zip(names, payload, strict=True))
+
+        return wait
+
+    def _free(self, action: Free) -> Closure:
+        live, m = self.state.stages[action.stage].live, action.microbatch
+
+        def free() -> None:
+            live[m] = None
+
+        return free
+
+    def _reduce(self, index: int) -> Closure:
+        stage, transport = self.state.stages[index], self.transport
+
+        def reduce() -> None:
+            stage.finish_reduce = start_reduce(stage, transport, index)
+
+        return reduce
+
+    def _step(self, index: int) -> Closure:
+        stage = self.state.stages[index]
+
+        def step() -> None:
+            if stage.finish_reduce is not None:
+                stage.finish_reduce()
+                stage.finish_reduce = None
+            stage.replica.step()
+
+        return step
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf; zeros where the layers that read it turned out not to need it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def start_reduce(stage: StageState, transport: Transport, index: int) -> Callable[[], None]:
+    """Starts to sum a stage's gradients over its replicas; the result waits and puts the sums in place.
+
+    One message holds all gradients of one dtype, and for each parameter how many replicas have
+    one: a parameter without any stays without, as on one device.
+    """
+    trained = [p for p in stage.replica.parameters.values() if p.requires_grad]
+    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    for parameter in trained:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    pending = []
+    for parameters in by_dtype.values():
+        present = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0])
+        parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
+        pending.append((parameters, transport.start_reduce(index, torch.cat([*parts, present]))))
+
+    def finish() -> None:
+        for parameters, wait in pending:
+            total = wait()
+            *sums, present = torch.split(total, [*(p.numel() for p in parameters), len(parameters)])
+            for parameter, gradient, count in zip(parameters, sums, present.tolist(), strict=True):
+                parameter.grad = gradient.view_as(parameter) if count else None
+
+    return finish

@@ -1,0 +1,393 @@
+"""The transport over `torch.distributed`: gloo on CPUs, NCCL on GPUs, launched by `torchrun`.
+
+One rank is one process. Data, gradient sums and agreement between ranks travel in process
+groups of their own, so that none waits behind another. Object collectives are not used: they
+unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
+
+Messages are tagged with the number of samples in the batch, so that ranks which disagree about
+it never take each other's data; a small sum that travels beside the step finds out, and breaks
+the groups [2].
+
+When a rank fails it writes what happened to the store and breaks its groups; its peers' waits
+then raise within milliseconds, they read the record, and break theirs in turn. gloo has no call
+to break a group, but a receive that times out closes all connections of its group [1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
+from pipeflow.execution_plan import Plan
+from pipeflow.graphs.tensor_spec import TensorSpec
+from pipeflow.program import Direction, Placement, Receive, Route
+from pipeflow.runtime.transport import Aborted, Payload
+
+_POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
+_ABORT_TAG = (1 << 31) - 1
+_RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
+
+
+def is_launched() -> bool:
+    """Whether this process is one rank of several, started by `torchrun` or with a process group."""
+    return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+
+
+def connect(backend: str | None = None) -> None:
+    """Joins the process group that `torchrun` describes in the environment, once.
+
+    On one machine, sockets stay on the loopback interface. Keys in the store are prefixed by
+    the restart count, so that a restarted job never reads what the one before it left.
+
+    Args:
+        backend: "gloo" or "nccl"; by default NCCL where CUDA is available.
+
+    Raises:
+        EngineError: the environment does not describe a group.
+    """
+    if dist.is_initialized():
+        return
+    missing = [v for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if missing:
+        raise EngineError(f"{missing[0]} is not set, so there is no process group to join; start with torchrun")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    agent_holds_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not agent_holds_store,
+    )
+    store = PrefixStore(f"pipeflow/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    name = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(name, store=store, rank=rank, world_size=world_size)
+
+
+def share_text(text: str | None, *, source: int = 0) -> str:
+    """Gives every rank the text that rank `source` has, as uint8 tensors."""
+    payload = torch.tensor(list((text or "").encode()), dtype=torch.uint8)
+    size = torch.tensor([payload.numel()])
+    group = dist.new_group(backend="gloo")
+    dist.broadcast(size, source, group=group)
+    if dist.get_rank() != source:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    if int(size):
+        dist.broadcast(payload, source, group=group)
+    dist.destroy_process_group(group)
+    return bytes(payload.tolist()).decode()
+
+
+def gather_texts(text: str) -> list[str]:
+    """The text of every rank, in rank order, on every rank; alone without a process group."""
+    if not dist.is_initialized():
+        return [text]
+    return [share_text(text, source=rank) for rank in range(dist.get_world_size())]
+
+
+def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
+    """Gives every rank the plan of rank `source`; the others pass None.
+
+    Costs measured on each rank differ, so plans made on each rank would too.
+    """
+    if dist.get_rank() == source and plan is None:
+        raise EngineError(f"rank {source} shares its plan and has None; plan there before")
+    return Plan.model_validate_json(share_text(plan.model_dump_json() if plan else None, source=source))
+
+
+@dataclass
+class _Channel:
+    """What this rank will receive from one peer: posted receives and those not posted yet."""
+
+    posted: deque[tuple[list[Any], list[Tensor] | None]] = field(default_factory=deque)
+    waiting: deque[Receive] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A posted send; the tensors live until it has left."""
+
+    route: Route
+    microbatch: int
+    works: list[Any]
+    tensors: list[Tensor]
+
+
+def _wait(sent: _Sent) -> None:
+    for work in sent.works:
+        work.wait()
+
+
+class DistributedTransport:
+    """This process's end. Making one is collective: every rank does, with the same arguments.
+
+    Args:
+        placement: ranks of each stage's replicas.
+        channels: (source, target) of every directed pair of ranks that talk, sorted.
+        specs: of every tensor of the graph.
+        digest: of all that the ranks must agree on.
+        device: where this rank computes.
+
+    Raises:
+        PlanMismatch: the digests differ.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        channels: Sequence[tuple[int, int]],
+        specs: dict[str, TensorSpec],
+        *,
+        digest: str,
+        device: torch.device,
+    ) -> None:
+        self.rank = dist.get_rank()
+        self._placement = placement
+        self._specs = specs
+        self._device = device
+        self._control = dist.new_group(backend="gloo")
+        self._check_digest(digest)
+        store = PrefixStore(f"engine/{digest}", dist.distributed_c10d._get_default_store())
+        # An engine that follows a failed one must not read its record.
+        self._store = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        self._data: dict[tuple[int, int], Any] = {}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        shared = None if backend == "nccl" else dist.new_group(backend=backend)
+        for source, target in channels:
+            # NCCL runs a communicator's calls one after another: each channel needs its own.
+            group = shared or dist.new_group(sorted((source, target)), backend=backend)
+            self._data[source, target] = group
+        self._reduce = {s: dist.new_group(sorted(r), backend=backend) for s, r in enumerate(placement) if len(r) > 1}
+        self._world = shared or dist.new_group(backend=backend)
+        self._channels: dict[int, _Channel] = {}
+        self._sizes: Sequence[int] = ()
+        self._tag = 0
+        self.disagreement = ""
+        self._layouts: dict[tuple[str, int], tuple[tuple[int, ...], torch.dtype, int]] = {}
+        self._sent: dict[int, deque[_Sent]] = {}
+
+    def _check_digest(self, digest: str) -> None:
+        mine = torch.tensor(list(hashlib.sha256(digest.encode()).digest()), dtype=torch.uint8)
+        theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(theirs, mine, group=self._control)
+        digests = [bytes(t.tolist()).hex()[:12] for t in theirs]
+        if len(set(digests)) > 1:
+            listing = ", ".join(f"rank {r}: {d}" for r, d in enumerate(digests))
+            raise PlanMismatch(
+                f"the ranks hold different plans, graphs, seeds or initial settings ({listing}); plan on one rank "
+                "and share the plan (pipeflow.runtime.distributed.share_plan), or load it from one file"
+            )
+
+    # --- payloads -------------------------------------------------------------------------
+
+    def _layout(self, name: str, size: int) -> tuple[tuple[int, ...], torch.dtype, int]:
+        """(shape, dtype, elements) of a payload entry for a micro-batch of `size` samples."""
+        key = (name, size)
+        if key not in self._layouts:
+            spec = self._specs[name.partition("#")[0]]
+            shape = spec.shape_at(size)
+            self._layouts[key] = (shape, getattr(torch, spec.dtype), torch.Size(shape).numel())
+        return self._layouts[key]
+
+    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
+        self._sizes = tuple(sizes)
+        self._tag = sum(sizes)
+        self._start_agreement(self._tag)
+        self._channels = {}
+        for receive in receives:
+            self._channels.setdefault(receive.peer, _Channel()).waiting.append(receive)
+        for channel in self._channels.values():
+            for _ in range(_POSTED_AHEAD):
+                self._post(channel)
+
+    def _start_agreement(self, num_samples: int) -> None:
+        """[2]: equal sums of numbers and of squares mean equal numbers."""
+        sums = torch.tensor([num_samples, num_samples**2], dtype=torch.float64)
+        num_ranks = dist.get_world_size()
+
+        def check(future: torch.futures.Future[Any]) -> None:
+            try:
+                future.value()
+            except RuntimeError:
+                return  # a peer is gone; whoever waits for it finds out
+            mean, square = (sums / num_ranks).tolist()
+            if (mean, square) != (num_samples, num_samples**2):
+                self.disagreement = (
+                    f"this rank's batch has {num_samples} samples, the {num_ranks} ranks' average is {mean:g}; every "
+                    "rank must be given the same batch"
+                )
+                self.abort()
+
+        try:
+            dist.all_reduce(sums, group=self._control, async_op=True).get_future().then(check)
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
+
+    def _post(self, channel: _Channel) -> None:
+        if not channel.waiting:
+            return
+        receive = channel.waiting.popleft()
+        group = self._data[receive.peer, self.rank]
+        peer = dist.get_group_rank(group, receive.peer)
+        size = self._sizes[receive.microbatch]
+        if not size:
+            empty = torch.empty(1, device=self._device)
+            channel.posted.append(([group.recv([empty], peer, self._tag)], None))
+            return
+        tensors = []
+        for name in receive.route.payload:
+            shape, dtype, _ = self._layout(name, size)
+            tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+        channel.posted.append(([group.recv([t], peer, self._tag) for t in tensors], tensors))
+
+    def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
+        sent = self._sent.setdefault(peer, deque())
+        upstream = route.direction is Direction.BACKWARD
+
+        def receive(microbatch: int) -> Payload:
+            channel = self._channels[peer]
+            works, tensors = channel.posted.popleft()
+            try:
+                for work in works:
+                    work.wait()
+                self._post(channel)
+                if upstream:
+                    # Who sends a gradient back has received the activation: that send is over.
+                    while sent and sent[0].route.direction is Direction.FORWARD and sent[0].microbatch <= microbatch:
+                        _wait(sent.popleft())
+            except RuntimeError as error:
+                raise Aborted(str(error)) from error
+            return tensors
+
+        return receive
+
+    def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
+        group = self._data[self.rank, peer]
+        target = dist.get_group_rank(group, peer)
+        sent = self._sent.setdefault(peer, deque())
+
+        def send(microbatch: int, payload: Payload) -> None:
+            if payload is None:
+                tensors = [torch.empty(1, device=self._device)]
+            else:
+                size = self._sizes[microbatch]
+                for name, tensor in zip(route.payload, payload, strict=True):
+                    shape, dtype, _ = self._layout(name, size)
+                    if tensor.shape != shape or tensor.dtype != dtype:
+                        raise EngineError(
+                            f"tensor {name!r} is {tensor.dtype} of {tuple(tensor.shape)}, but {dtype} of {shape} by "
+                            "the graph; a layer must give the same for real data as for inference"
+                        )
+                tensors = [t.contiguous() for t in payload]
+            try:
+                sent.append(_Sent(route, microbatch, [group.send([t], target, self._tag) for t in tensors], tensors))
+            except RuntimeError as error:
+                raise Aborted(str(error)) from error
+
+        return send
+
+    def end(self) -> None:
+        try:
+            for sent in self._sent.values():
+                while sent:
+                    _wait(sent.popleft())
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
+
+    # --- sums and agreement ---------------------------------------------------------------
+
+    def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
+        return self._start_sum(tensor, self._reduce[stage])
+
+    def start_share(self, values: Tensor) -> Callable[[], Tensor]:
+        return self._start_sum(values, self._control)
+
+    def _start_sum(self, tensor: Tensor, group: Any) -> Callable[[], Tensor]:
+        try:
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
+
+        def wait() -> Tensor:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise Aborted(str(error)) from error
+            return tensor
+
+        return wait
+
+    def broadcast_in_stage(self, tensor: Tensor, stage: int) -> None:
+        """Gives all replicas of a stage the tensor of its first, in place."""
+        dist.broadcast(tensor.detach(), self._placement[stage][0], group=self._reduce[stage])
+
+    def give(self, tensor: Tensor | None, name: str, size: int, owner: int) -> Tensor:
+        """Gives every rank a tensor of the graph for `size` samples that rank `owner` has."""
+        shape, dtype, _ = self._layout(name, size)
+        return self.give_shaped(tensor, shape, dtype, owner)
+
+    def give_shaped(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, owner: int) -> Tensor:
+        """A copy of the tensor that rank `owner` has, on every rank."""
+        if self.rank == owner:
+            assert tensor is not None
+            copy = tensor.detach().contiguous().clone()
+        else:
+            copy = torch.empty(shape, dtype=dtype, device=self._device)
+        dist.broadcast(copy, owner, group=self._world)
+        return copy
+
+    # --- failure --------------------------------------------------------------------------
+
+    def report(self, failure: LayerFailure) -> None:
+        """Writes what happened where peers look for it, and breaks the groups. The first wins."""
+        with suppress(RuntimeError):
+            self._store.compare_set("failure", "", json.dumps(failure.record()))
+        self.abort()
+
+    def failure(self) -> LayerFailure | None:
+        """What a peer reported, if any does within two seconds."""
+        deadline = time.monotonic() + _RECORD_WAIT
+        while time.monotonic() < deadline:
+            with suppress(RuntimeError):
+                if self._store.check(["failure"]):
+                    return LayerFailure(**json.loads(self._store.get("failure")))
+            time.sleep(0.02)
+        return None
+
+    def abort(self) -> None:
+        """Breaks all groups of this rank: whoever waits for it, or it for whom, stops waiting."""
+        groups = {id(g): g for g in (self._control, self._world, *self._data.values(), *self._reduce.values())}
+        for group in groups.values():
+            if self.rank not in (ranks := dist.get_process_group_ranks(group)):
+                continue
+            if self._device.type == "cuda" and group is not self._control:
+                with suppress(RuntimeError):
+                    group.abort()
+                continue
+            for peer in range(len(ranks)):
+                if ranks[peer] != self.rank:
+                    with suppress(RuntimeError):  # [1]: the time-out is the point
+                        group.recv([torch.empty(1)], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        """Lets go of the groups."""
+        for group in (*self._reduce.values(), self._control):
+            with suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)

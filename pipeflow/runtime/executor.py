@@ -1,0 +1,157 @@
+"""Runs one rank's program. Follows it; decides nothing.
+
+The program is bound once. A step then plans nothing, asks for no shape and formats no text:
+it calls one bound action after another. Once a rank has computed all, it shares its losses, and
+takes its optimizer steps while they travel; no rank ends a step before all have computed theirs,
+so a failure anywhere is known everywhere before the step returns. What is left is to say, when
+an action raises, where.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pipeflow.errors import LayerFailure
+from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
+from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.losses import loss_table, read_losses
+from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.transport import Aborted, Transport
+
+Bound = tuple[Action | None, Callable[[], None]]
+
+
+class Executor:
+    """One rank's bound program.
+
+    Args:
+        actions: the rank's part of the program.
+        binder: what to bind them to.
+        measure: record when each action starts and ends, in `spans`.
+
+    Attributes:
+        losses: each loss over the last batch; the same on every rank.
+        spans: (action, start, end) of the last run, in seconds of a monotonic clock.
+    """
+
+    def __init__(self, actions: Sequence[Action], binder: Binder, *, measure: bool = False) -> None:
+        self.state: RankState = binder.state
+        self.transport: Transport = binder.transport
+        self.losses: Mapping[str, float] = {}
+        self.spans: list[tuple[Action, float, float]] = []
+        self._rank = binder.rank
+        self._step = 0
+        self._wait_share: Callable[[], Tensor] | None = None
+        bound = [(action, closure) for action in actions if (closure := binder.bind(action)) is not None]
+        self._bound = self._with_agreement(bound)
+        self._closures = [
+            closure if action is None or not measure else self._timed(action, closure)
+            for action, closure in self._bound
+        ]
+        self._receives = [
+            action._replace(route=action.route._replace(payload=binder.payload(action.route)))
+            for action, _ in bound
+            if isinstance(action, Receive)
+        ]
+
+    def _with_agreement(self, bound: list[tuple[Action, Callable[[], None]]]) -> list[Bound]:
+        """Adds the sharing of losses: started after the last compute, awaited at the end."""
+        computes = [i for i, (action, _) in enumerate(bound) if isinstance(action, Compute | Send)]
+        start = computes[-1] + 1 if computes else 0
+        return [*bound[:start], (None, self._start_share), *bound[start:], (None, self._finish_share)]
+
+    def _start_share(self) -> None:
+        state = self.state
+        self._wait_share = self.transport.start_share(loss_table(state.graph, state.losses, state.num_microbatches))
+
+    def _finish_share(self) -> None:
+        assert self._wait_share is not None
+        self.losses = read_losses(self.state.graph, self._wait_share(), self.state.sizes)
+        self._wait_share = None
+
+    def run(self, batch: Mapping[str, Tensor], sizes: Sequence[int], step: int) -> None:
+        """Runs the program on one batch, which `check_batch` has passed.
+
+        Raises:
+            LayerFailure: an action of this rank raised; the original is its cause.
+            Aborted: another rank failed, or has a batch of another size.
+        """
+        self._step = step
+        self.spans = []
+        position = -1
+        try:
+            self.state.begin(batch, sizes, step)
+            self.transport.begin(self._receives, sizes)
+            for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
+                closure()
+            self.transport.end()
+        except Aborted:
+            self.state.clear()
+            raise
+        except Exception as error:
+            self._fail(error, position)
+
+    def _timed(self, action: Action, closure: Callable[[], None]) -> Callable[[], None]:
+        """The action with its span recorded; on a GPU it also waits for its kernels."""
+        device, clock = self.state.device, time.perf_counter
+
+        def timed() -> None:
+            start = clock()
+            closure()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.spans.append((action, start, clock()))
+
+        return timed
+
+    def _fail(self, error: Exception, position: int) -> NoReturn:
+        action = self._bound[position][0] if 0 <= position < len(self._bound) else None
+        stage = microbatch = layer = None
+        phase = "transport"
+        if isinstance(action, Compute):
+            stage, microbatch = action.stage, action.microbatch
+            state = self.state.stages[stage]
+            if action.kind is Kind.FORWARD:
+                phase, layer = "forward", state.compiled.failed_layer(state.live[microbatch] or [])
+            else:
+                phase, layer = "backward", _failed_backward(state, microbatch)
+        elif isinstance(action, Step):
+            stage, phase = action.stage, "optimizer"
+        self.state.clear()
+        raise LayerFailure(
+            rank=self._rank,
+            stage=stage,
+            layer=layer,
+            microbatch=microbatch,
+            step=self._step,
+            phase=phase,
+            original=f"{type(error).__name__}: {error}",
+            trace="".join(traceback.format_exception(error)),
+        ) from error
+
+
+def _failed_backward(state: StageState, microbatch: int) -> str | None:
+    """The layer whose backward raises: each is run again, cut off from the others, from the last."""
+    compiled, slots = state.compiled, state.live[microbatch]
+    if slots is None:
+        return None
+    for layer, call in zip(reversed(compiled.layers), reversed(compiled.calls), strict=True):
+        copy = [s.detach().requires_grad_(s.requires_grad) if isinstance(s, Tensor) else s for s in slots]
+        sources = [s for s in copy if isinstance(s, Tensor) and s.requires_grad]
+        try:
+            call(copy)
+            outputs = [copy[compiled.slot_by_tensor[t]] for t in layer.outputs]
+            roots = [t for t in outputs if t.grad_fn is not None]
+            if roots:
+                parameters = [p for p in state.replica.parameters.values() if p.requires_grad]
+                ones = [torch.ones_like(t) for t in roots]
+                torch.autograd.grad(roots, [*sources, *parameters], ones, allow_unused=True)
+        except Exception:  # whatever it raises, it is this layer that does
+            return layer.name
+    return None

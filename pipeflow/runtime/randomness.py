@@ -1,0 +1,68 @@
+"""The random numbers of a layer, keyed so that no layout changes them.
+
+A layer that draws random numbers draws them from generators seeded by (seed, step, layer,
+first sample): never by rank, stage or micro-batch count of other layers. The global generators are
+left as they were. They are shared by all threads of the process, hence the lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_LOCK = threading.RLock()
+_MASK = (1 << 64) - 1
+
+
+def layer_key(seed: int, layer: str) -> int:
+    """A 64-bit key of a layer, the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}".encode()).digest()[:8], "little")
+
+
+def draw_key(key: int, step: int, first_sample: int) -> int:
+    """Mixes step and sample into a layer's key (splitmix64's finalizer)."""
+    z = (key + 0x9E3779B97F4A7C15 * (step + 1) + 0xD1B54A32D192ED03 * (first_sample + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) & (_MASK >> 1)
+
+
+@contextmanager
+def keyed(key: int, device: torch.device) -> Iterator[None]:
+    """Seeds the generators of the CPU and of `device` by `key`, and restores them after."""
+    with _LOCK:
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generators.append(torch.cuda.default_generators[index])
+        states = [g.get_state() for g in generators]
+        try:
+            for g in generators:
+                g.manual_seed(key)
+            yield
+        finally:
+            for g, state in zip(generators, states, strict=True):
+                g.set_state(state)
+
+
+class RandomLayer:
+    """A random layer, called with the numbers of the step and sample at hand.
+
+    `step` and `first_sample` are set by who runs it, before each call.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, key: int, device: torch.device) -> None:
+        self._function = function
+        self._key = key
+        self._device = device
+        self.step = 0
+        self.first_sample = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with keyed(draw_key(self._key, self.step, self.first_sample), self._device):
+            return self._function(*args, **kwargs)

@@ -1,0 +1,142 @@
+"""Training on one device: the oracle for every plan.
+
+It runs the layers in the graph's order on one micro-batch after another, lets autograd add up
+the gradients, and takes one optimizer step. It shares with the engine what defines the result
+(how a batch is cut and weighted, how random layers are keyed) and none of how it gets there:
+no stages, no program, no transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeflow.errors import EngineError
+from pipeflow.graphs.batch import check_batch
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.losses import add_losses
+from pipeflow.runtime.microbatch import loss_factor, microbatch_sizes, split
+from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
+from pipeflow.runtime.result import StepResult
+from pipeflow.runtime.state import copy_into, needed_layers, required_inputs
+
+
+class Reference:
+    """One device that trains a layer graph; same methods as `pipeflow.Engine`.
+
+    A tensor with several reading layers is read through one view per layer, so that the order
+    in which their gradients add up is the same as in a pipeline (see `pipeflow.flows`).
+
+    Args:
+        graph: the layer graph; its modules are copied, never changed.
+        optimizer: makes an optimizer from a list of parameters; None for inference alone.
+        lr_scheduler: makes a learning-rate scheduler from the optimizer.
+        num_microbatches: into how many a batch is cut.
+        seed: for lazily built layers and random ones.
+        device: where to run.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        optimizer: OptimizerFactory | None = None,
+        *,
+        lr_scheduler: SchedulerFactory | None = None,
+        num_microbatches: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        graph.check()
+        self.graph = graph
+        self.num_microbatches = num_microbatches
+        self._device = torch.device(device)
+        self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed)
+        self._has_optimizer = optimizer is not None
+        if optimizer is not None:
+            self._replica.make_optimizer(optimizer, lr_scheduler)
+        self._step = 0
+        readers: dict[str, int] = {}
+        for layer in graph.layers.values():
+            if layer.has_backward:
+                for tensor in set(layer.inputs):
+                    readers[tensor] = readers.get(tensor, 0) + 1
+        self._viewed = {t for t, n in readers.items() if n > 1 and t in graph.differentiable}
+
+    def step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Trains on one batch. Errors as `pipeflow.Engine.step`."""
+        if not self._has_optimizer:
+            raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
+        result = self._run(batch, tuple(self.graph.layers), train=True)[0]
+        self._replica.step()
+        self._step += 1
+        return result
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """The losses of a batch in evaluation mode, without training."""
+        with torch.no_grad():
+            return self._run(batch, tuple(self.graph.layers), train=False)[0]
+
+    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Output tensors for a batch, in evaluation mode; by default the graph's outputs."""
+        names = tuple(self.graph.outputs if outputs is None else outputs)
+        layers = needed_layers(self.graph, names)
+        with torch.no_grad():
+            kept = self._run(batch, tuple(n for n in self.graph.layers if n in layers), train=False, keep=names)[1]
+        return {name: torch.cat(parts) for name, parts in kept.items()}
+
+    def _run(
+        self, batch: Mapping[str, Tensor], layers: tuple[str, ...], *, train: bool, keep: tuple[str, ...] = ()
+    ) -> tuple[StepResult, dict[str, list[Tensor]]]:
+        graph = self.graph
+        required = required_inputs(graph, layers)
+        num_samples = check_batch(graph.inputs, batch, required=required)
+        sizes = microbatch_sizes(num_samples, self.num_microbatches)
+        feed = {name: split(batch[name].to(self._device), sizes) for name in required}
+        self._replica.train(train)
+        losses: dict[str, list[float]] = {name: [0.0] * len(sizes) for name in graph.losses}
+        kept: dict[str, list[Tensor]] = {name: [] for name in keep}
+        first_sample = 0
+        for m, size in enumerate(sizes):
+            if not size:
+                continue
+            for random_layer in self._replica.random_layers:
+                random_layer.step, random_layer.first_sample = self._step, first_sample
+            first_sample += size
+            values = self._forward({name: parts[m] for name, parts in feed.items()}, layers)
+            for name in keep:
+                kept[name].append(values[name].detach())
+            roots = {name: values[graph.layers[name].outputs[0]] for name in graph.losses if name in layers}
+            for name, value in roots.items():
+                losses[name][m] = float(value.detach())
+            trained = {name: value for name, value in roots.items() if value.requires_grad}
+            if train and trained:
+                torch.autograd.backward(
+                    list(trained.values()),
+                    [self._seed(name, value, size, num_samples) for name, value in trained.items()],
+                )
+        totals = {name: add_losses(graph, name, losses[name], sizes) for name in graph.losses}
+        weights = {name: graph.layers[name].weight for name in graph.losses}
+        return StepResult(num_samples, weights, lambda: totals), kept
+
+    def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
+        for name in layers:
+            layer = self.graph.layers[name]
+            arguments = [values[t].view_as(values[t]) if t in self._viewed else values[t] for t in layer.inputs]
+            result = self._replica.functions[name](*arguments, **layer.kwargs)
+            values.update(zip(layer.outputs, (result,) if layer.outputs == (name,) else result, strict=True))
+        return values
+
+    def _seed(self, name: str, value: Tensor, size: int, num_samples: int) -> Tensor:
+        layer = self.graph.layers[name]
+        return torch.full_like(value, layer.weight * loss_factor(layer.reduction, size, num_samples))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of parameters and persistent buffers, by `<layer>.<name>`."""
+        return {name: tensor.detach().clone() for name, tensor in self._replica.tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes parameters and buffers by name. Errors as `pipeflow.Engine.load_state_dict`."""
+        copy_into(self._replica.tensors(), state, self._replica.tensors().keys())

@@ -1,0 +1,99 @@
+"""One replica of one stage: its layers, parameters and optimizer, on one device.
+
+State is reached by the model's own names, `<layer>.<parameter>`; no stage or rank is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeflow.errors import EngineError
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.randomness import RandomLayer, layer_key
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""Makes an optimizer for the parameters it is given: those of one stage."""
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+"""Makes a learning-rate scheduler for an optimizer."""
+
+
+class StageReplica:
+    """Layers of a stage with their weights.
+
+    Args:
+        graph: the layer graph; its modules are copied, never changed.
+        layers: names of the stage's layers.
+        device: where to put the weights.
+        seed: for lazily built layers and for random ones.
+    """
+
+    def __init__(self, graph: LayerGraph, layers: Iterable[str], *, device: torch.device, seed: int) -> None:
+        self.layers = tuple(layers)
+        self.modules: dict[str, nn.Module] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.random_layers: list[RandomLayer] = []
+        for name, function in graph.build(self.layers, seed=seed).items():
+            if isinstance(function, nn.Module):
+                function = self.modules[name] = function.to(device)
+            if graph.layers[name].is_random:
+                function = RandomLayer(function, key=layer_key(seed, name), device=device)
+                self.random_layers.append(function)
+            self.functions[name] = function
+        self.parameters = dict(named(self.modules, nn.Module.named_parameters))
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: Any = None
+
+    def make_optimizer(self, factory: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+        """Gives the replica its optimizer, unless no parameter of it is trained."""
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        if not trained:
+            return
+        self.optimizer = factory(trained)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise EngineError(
+                "optimizer LBFGS needs a closure over the whole model, which no stage has; use one whose step "
+                "is a function of each parameter and its gradient, such as SGD or AdamW"
+            )
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in self.parameters.items() if p.requires_grad and id(p) not in held]:
+            raise EngineError(
+                f"the optimizer factory left out {missing[0]!r} ({len(missing)} parameters); give all it is "
+                "given to the optimizer, and freeze others with requires_grad=False before"
+            )
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+
+    def train(self, mode: bool) -> None:
+        for module in self.modules.values():
+            module.train(mode)
+
+    def step(self) -> None:
+        """The optimizer's step, the scheduler's, and gradients let go."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and persistent buffers by name, each once; not copies."""
+        return {**self.parameters, **dict(named(self.modules, _persistent_buffers))}
+
+
+def named(modules: Mapping[str, nn.Module], listing: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> Iterable[Any]:
+    """(`<layer>.<name>`, value) of every value that `listing` gives of a module, each value once."""
+    seen: set[int] = set()
+    for layer, module in modules.items():
+        for name, value in listing(module):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{layer}.{name}", value
+
+
+def _persistent_buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    persistent = module.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in persistent]

@@ -1,0 +1,256 @@
+"""The layers of one stage, compiled to calls over numbered slots.
+
+Decides where each tensor of a micro-batch lies while a stage works on it, and through which
+views its readers read it. Knows nothing of ranks, schedules or transports.
+
+Every value has a slot in a plain list. A tensor from another stage enters as a detached leaf;
+its gradient is the leaf's `.grad`. Gradients of a tensor with several readers add up in the
+order that `pipeflow.flows` fixes:
+
+    natural flow        y ──view── reader 1            autograd adds: outside, reader 2, reader 1
+                        └──view── reader 2
+
+    any other flow      y ── Fan ┬─ part 0 ── reader 1     `Fan` adds the parts from last to first;
+                                 ├─ part 1 ── (sent)       a sent part is a root whose seed is the
+                                 └─ part 2 ── reader 3     gradient that comes back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeflow.flows import Flow
+from pipeflow.graphs.layer import Layer
+from pipeflow.graphs.layer_graph import LayerGraph
+
+Slots = list[Any]
+Call = Callable[[Slots], None]
+
+
+class Fan(torch.autograd.Function):
+    """One view per part; backward adds the parts' gradients from the last to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for _ in range(num_parts))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        total: Tensor | None = None
+        for gradient in reversed(gradients):
+            if gradient is not None:
+                total = gradient if total is None else total + gradient
+        return total, None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor from another stage, as one part of the readers here sees it."""
+
+    tensor: str
+    part: str
+    slot: int
+    needs_gradient: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where backward starts: the slot, and the parts whose gradients add up to its seed."""
+
+    slot: int
+    parts: tuple[str, ...]
+
+
+@dataclass
+class CompiledStage:
+    """What to do for one micro-batch of one stage.
+
+    Attributes:
+        num_slots: length of the slot list.
+        feeds: (graph input, slot) of every input of the graph that is read here.
+        leaves: what comes from other stages.
+        calls: the layers, in order; each reads and writes slots.
+        layers: the layer of each call.
+        output_slot_by_call: a slot that each call fills, to tell after a failure how far it came.
+        slot_by_tensor: where each tensor that is computed here lies.
+        roots: where backward starts, losses apart.
+        loss_slots: (loss, slot) of every loss here.
+    """
+
+    num_slots: int = 0
+    feeds: list[tuple[str, int]] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    output_slot_by_call: list[int] = field(default_factory=list)
+    slot_by_tensor: dict[str, int] = field(default_factory=dict)
+    roots: list[Root] = field(default_factory=list)
+    loss_slots: list[tuple[str, int]] = field(default_factory=list)
+
+    def new_slot(self) -> int:
+        self.num_slots += 1
+        return self.num_slots - 1
+
+    def failed_layer(self, slots: Slots) -> str | None:
+        """The first layer that has not filled its slot."""
+        for layer, slot in zip(self.layers, self.output_slot_by_call, strict=True):
+            if slots[slot] is None:
+                return layer.name
+        return None
+
+
+def compile_stage(
+    graph: LayerGraph,
+    stage: int,
+    layers: Collection[str],
+    flow_by_tensor: Mapping[str, Flow],
+    function_by_layer: Mapping[str, Callable[..., Any]],
+    *,
+    train: bool,
+) -> CompiledStage:
+    """Compiles the layers of a stage.
+
+    Args:
+        graph: the layer graph.
+        stage: index of the stage in the flows.
+        layers: names of the layers to run, a subset of the stage's.
+        flow_by_tensor: of all tensors (`pipeflow.flows.flows`).
+        function_by_layer: what to call for each.
+        train: with leaves, views and roots for backward; without, tensors are passed as they are.
+    """
+    compiled = CompiledStage()
+    read_slots: dict[tuple[str, str], int] = {}
+    for name, layer in graph.layers.items():
+        if name not in layers:
+            continue
+        reads = tuple(
+            _read(compiled, graph, stage, name, t, flow_by_tensor, read_slots, train=train) for t in layer.inputs
+        )
+        outputs = tuple(compiled.new_slot() for _ in layer.outputs)
+        compiled.calls.append(
+            _call(function_by_layer[name], reads, outputs, dict(layer.kwargs), unpack=layer.outputs != (name,))
+        )
+        compiled.layers.append(layer)
+        compiled.output_slot_by_call.append(outputs[0])
+        for tensor, slot in zip(layer.outputs, outputs, strict=True):
+            compiled.slot_by_tensor[tensor] = slot
+            if train and tensor in flow_by_tensor:
+                _start_backward(compiled, stage, flow_by_tensor[tensor], slot, layer, read_slots)
+        if layer.is_loss:
+            compiled.loss_slots.append((name, outputs[0]))
+    return compiled
+
+
+def _read(
+    compiled: CompiledStage,
+    graph: LayerGraph,
+    stage: int,
+    reader: str,
+    tensor: str,
+    flow_by_tensor: Mapping[str, Flow],
+    read_slots: dict[tuple[str, str], int],
+    *,
+    train: bool,
+) -> tuple[int, bool]:
+    """(slot, whether through a view of its own) from which a layer reads a tensor."""
+    if tensor in graph.inputs:
+        if (tensor, "") not in read_slots:
+            read_slots[tensor, ""] = compiled.new_slot()
+            compiled.feeds.append((tensor, read_slots[tensor, ""]))
+        return read_slots[tensor, ""], False
+    flow = flow_by_tensor[tensor]
+    part = next((p for p in flow.parts if reader in p.readers), None) if train else None
+    if flow.source == stage:
+        if part is None:
+            return compiled.slot_by_tensor[tensor], False
+        num_readers = sum(len(p.readers) for p in flow.parts)
+        if flow.is_natural:
+            return compiled.slot_by_tensor[tensor], num_readers > 1
+        return read_slots[tensor, part.name], len(part.readers) > 1
+    key = "" if part is None else part.name
+    if (tensor, key) not in read_slots:
+        read_slots[tensor, key] = compiled.new_slot()
+        compiled.leaves.append(Leaf(tensor, key, read_slots[tensor, key], part is not None))
+    return read_slots[tensor, key], part is not None and len(part.readers) > 1
+
+
+def _start_backward(
+    compiled: CompiledStage,
+    stage: int,
+    flow: Flow,
+    slot: int,
+    layer: Layer,
+    read_slots: dict[tuple[str, str], int],
+) -> None:
+    """Notes where gradients from other stages enter, with a `Fan` where the order needs one."""
+    remote = tuple(part.name for part in flow.parts if part.stage != stage)
+    if not remote:
+        return
+    if flow.is_natural:
+        compiled.roots.append(Root(slot, remote))
+        return
+    fan = tuple(compiled.new_slot() for _ in flow.parts)
+    compiled.calls.append(_fan_call(slot, fan))
+    compiled.layers.append(layer)
+    compiled.output_slot_by_call.append(fan[0])
+    for part, part_slot in zip(flow.parts, fan, strict=True):
+        if part.stage == stage:
+            read_slots[flow.tensor, part.name] = part_slot
+        else:
+            compiled.roots.append(Root(part_slot, (part.name,)))
+
+
+def _fan_call(source: int, targets: tuple[int, ...]) -> Call:
+    first, last = targets[0], targets[-1] + 1
+
+    def call(slots: Slots) -> None:
+        slots[first:last] = Fan.apply(slots[source], last - first)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+def _call(
+    function: Callable[..., Any],
+    reads: tuple[tuple[int, bool], ...],
+    outputs: tuple[int, ...],
+    kwargs: dict[str, Any],
+    *,
+    unpack: bool,
+) -> Call:
+    """The call of one layer. The common shapes have closures of their own: they are the hot path."""
+    sources = tuple(slot for slot, _ in reads)
+    viewed = any(view for _, view in reads)
+    target = outputs[0]
+
+    def arguments(slots: Slots) -> list[Any]:
+        if not viewed:
+            return [slots[i] for i in sources]
+        return [slots[i].view_as(slots[i]) if view else slots[i] for i, view in reads]
+
+    if unpack:
+
+        def call(slots: Slots) -> None:
+            values = function(*arguments(slots), **kwargs)
+            if len(values) != len(outputs):
+                raise ValueError(f"returned {len(values)} tensors, but {len(outputs)} while the graph was described")
+            for i, value in zip(outputs, values, strict=True):
+                slots[i] = value
+
+    elif len(sources) == 1 and not viewed and not kwargs:
+        source = sources[0]
+
+        def call(slots: Slots) -> None:
+            slots[target] = function(slots[source])
+
+    else:
+
+        def call(slots: Slots) -> None:
+            slots[target] = function(*arguments(slots), **kwargs)
+
+    return call

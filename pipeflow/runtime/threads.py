@@ -1,0 +1,151 @@
+"""The transport inside one process: a thread per rank, queues between them.
+
+Nothing is copied on the way, except from one device to another. All state is in `Exchange`,
+which the ranks share.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from pipeflow.program import Placement, Receive, Route
+from pipeflow.runtime.transport import Aborted, Payload
+
+_STOP = object()
+
+
+class _Sum:
+    """A sum over several ranks, added in rank order whoever comes last."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._parts: list[Tensor | None] = [None] * num_ranks
+        self._missing = num_ranks
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._total: Tensor | None = None
+
+    def give(self, position: int, part: Tensor) -> None:
+        with self._lock:
+            self._parts[position] = part
+            self._missing -= 1
+            last = self._missing == 0
+        if last:
+            parts = [p for p in self._parts if p is not None]
+            total = parts[0].clone()
+            for p in parts[1:]:
+                total += p.to(total.device)
+            self._total = total
+            self._done.set()
+
+    def abort(self) -> None:
+        self._done.set()
+
+    def wait(self, device: torch.device) -> Tensor:
+        self._done.wait()
+        if self._total is None:
+            raise Aborted
+        # Each rank gets its own copy, since it will be a gradient that an optimizer may change.
+        return self._total.to(device, copy=True)
+
+
+class Exchange:
+    """What the ranks of one process share: channels, running sums, and whether to stop."""
+
+    def __init__(self, num_ranks: int, placement: Placement) -> None:
+        self.num_ranks = num_ranks
+        self.placement = placement
+        self._lock = threading.Lock()
+        self._channels: dict[tuple[int, int], SimpleQueue[object]] = {}
+        self._sums: dict[tuple[str, int], tuple[_Sum, set[int]]] = {}
+        self.aborted = False
+
+    def channel(self, source: int, target: int) -> SimpleQueue[object]:
+        with self._lock:
+            return self._channels.setdefault((source, target), SimpleQueue())
+
+    def join_sum(self, kind: str, index: int, rank: int, num_ranks: int) -> _Sum:
+        """The running sum that this rank has not joined yet; the last to join closes it."""
+        key = (kind, index)
+        with self._lock:
+            running, joined = self._sums.setdefault(key, (_Sum(num_ranks), set()))
+            joined.add(rank)
+            if len(joined) == num_ranks:
+                del self._sums[key]
+            if self.aborted:
+                running.abort()
+            return running
+
+    def abort(self) -> None:
+        """Wakes every rank that waits; each raises `Aborted`."""
+        with self._lock:
+            self.aborted = True
+            for channel in self._channels.values():
+                channel.put(_STOP)
+            for running, _ in self._sums.values():
+                running.abort()
+
+    def clear(self) -> None:
+        """Forgets everything on its way, after an abort; no rank may be running."""
+        with self._lock:
+            self._channels_drained()
+            self._sums.clear()
+            self.aborted = False
+
+    def _channels_drained(self) -> None:
+        for channel in self._channels.values():
+            while not channel.empty():
+                channel.get()
+
+
+class ThreadTransport:
+    """One rank's end of an `Exchange`."""
+
+    def __init__(self, exchange: Exchange, rank: int, device: torch.device) -> None:
+        self._exchange = exchange
+        self._rank = rank
+        self._device = device
+
+    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
+        pass
+
+    def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
+        put = self._exchange.channel(self._rank, peer).put
+
+        def send(microbatch: int, payload: Payload) -> None:
+            put(payload)
+
+        return send
+
+    def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
+        channel = self._exchange.channel(peer, self._rank)
+        get = channel.get
+        device = self._device
+
+        def receive(microbatch: int) -> Payload:
+            payload = get()
+            if payload is _STOP:
+                raise Aborted
+            if payload and payload[0].device != device:  # type: ignore[index]
+                return [t.to(device, non_blocking=True) for t in payload]  # type: ignore[attr-defined]
+            return payload  # type: ignore[return-value]
+
+        return receive
+
+    def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
+        replicas = self._exchange.placement[stage]
+        running = self._exchange.join_sum("reduce", stage, self._rank, len(replicas))
+        running.give(replicas.index(self._rank), tensor)
+        return lambda: running.wait(self._device)
+
+    def start_share(self, values: Tensor) -> Callable[[], Tensor]:
+        running = self._exchange.join_sum("share", 0, self._rank, self._exchange.num_ranks)
+        running.give(self._rank, values)
+        return lambda: running.wait(torch.device("cpu"))
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,44 @@
+"""What the executor asks of a transport, and nothing of how it is done.
+
+A transport moves payloads between ranks in posted, first-in-first-out channels, one per
+directed pair of ranks; sums gradients over the replicas of a stage; and lets every rank know
+the losses. There are two: threads of one process, and `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from pipeflow.program import Receive, Route
+
+Payload = Sequence[Tensor] | None
+"""The tensors of a route, in its order; None for an empty micro-batch."""
+
+
+class Aborted(Exception):
+    """Another rank failed; this rank stops waiting. Its cause is in the transport's failure record."""
+
+
+class Transport(Protocol):
+    """One rank's end of the communication."""
+
+    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
+        """A step starts: what this rank will receive, in order, and the samples of each micro-batch."""
+
+    def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
+        """A function that posts (micro-batch, payload) to `peer`. It never waits for the peer."""
+
+    def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
+        """A function that waits for the payload of a micro-batch from `peer`."""
+
+    def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts to sum `tensor` over the stage's replicas; the result waits and gives the sum."""
+
+    def start_share(self, values: Tensor) -> Callable[[], Tensor]:
+        """Starts to sum a small float64 CPU tensor over all ranks; the result waits and gives the sum."""
+
+    def end(self) -> None:
+        """A step ends: everything posted has left."""

@@ -1,0 +1,216 @@
+"""A program run by a clock instead of devices.
+
+    computes     the layers' seconds over the device's speed, one after the other on a rank;
+    messages     each directed pair of devices has a link of its own, first in, first out: a
+                 message occupies it for bytes / bandwidth and arrives one latency later; sends
+                 are posted and cost the sender nothing;
+    reductions   a ring all-reduce that starts when all replicas have reached it and their earlier
+                 reductions are done, and runs beside computes; `Step` waits for it.
+
+Every micro-batch counts as the one that the plan's costs are for. Decides nothing and proves
+nothing: a program that cannot finish is handed to the verifier for its counterexample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from pipeflow.execution_plan import Plan
+from pipeflow.graphs.costs import LayerCosts
+from pipeflow.memory import peak_by_rank
+from pipeflow.partitioners.objective import reduce_seconds
+from pipeflow.program import Compute, Kind, Program, Receive, Reduce, Route, Send, Step
+from pipeflow.timeline import Event, Timeline
+from pipeflow.verifier import program_and_plan, verify
+from pipeflow.wiring import Wiring, wire
+
+__all__ = ["Event", "Timeline", "simulate"]
+
+
+def simulate(plan_or_program: Plan | Program, *, plan: Plan | None = None) -> Timeline:
+    """When everything happens.
+
+    Args:
+        plan_or_program: a plan, which is lowered for training; or a program.
+        plan: what the program is for; needed with a program, and only then.
+
+    Raises:
+        VerificationError: the program does not run to its end.
+        PlanError: the plan cannot be lowered, or a program comes without its plan.
+    """
+    program, plan = program_and_plan(plan_or_program, plan)
+    wiring = wire(plan, program.mode)
+    clock = _Clock(program, plan, wiring)
+    if not clock.run():
+        verify(program, plan=plan)
+        raise AssertionError("a program that passes verification runs to its end")
+    return Timeline(
+        mode=program.mode,
+        num_microbatches=program.num_microbatches,
+        placement=program.placement,
+        events=tuple(event for events in clock.events for event in events),
+        makespan=max(clock.now),
+        busy_seconds_by_rank=tuple(clock.busy),
+        peak_bytes_by_rank=tuple(peak.bytes for peak in peak_by_rank(program, plan, wiring)),
+        wait_seconds=dict(sorted(clock.waits.items())),
+    )
+
+
+class _Link:
+    """A directed pair of devices: when it is free again, and the arrivals not yet received."""
+
+    __slots__ = ("arrivals", "bandwidth", "free", "latency")
+
+    def __init__(self, bandwidth: float, latency: float) -> None:
+        self.bandwidth, self.latency = bandwidth, latency
+        self.free = 0.0
+        self.arrivals: deque[float] = deque()
+
+
+class _Clock:
+    """The state of the simulation.
+
+    A rank runs on until it waits for what is not known yet. Links and reductions depend only on
+    the order of each rank's own actions, so it makes no difference which rank is run first.
+    """
+
+    def __init__(self, program: Program, plan: Plan, wiring: Wiring) -> None:
+        ranks = range(program.num_ranks)
+        self.program, self.plan = program, plan
+        self.seconds = [_seconds_by_stage(plan, rank) for rank in ranks]
+        self.payload = dict(wiring.payload_bytes)
+        self.payload_by_id = {id(route): amount for route, amount in wiring.payload_bytes.items()}
+        self.now = [0.0] * program.num_ranks
+        self.busy = [0.0] * program.num_ranks
+        self.events: list[list[Event]] = [[] for _ in ranks]
+        self.waits: dict[tuple[int, int], float] = {}
+        self.links: dict[tuple[int, int], _Link] = {}
+        # Reductions that a rank has started and that are not known yet, and when its last one ends.
+        self.started: list[deque[int]] = [deque() for _ in ranks]
+        self.reduction_free = [0.0] * program.num_ranks
+        self.reached: dict[int, dict[int, tuple[float, int]]] = {}
+        self.reduced: dict[int, tuple[float, int]] = {}
+
+    def run(self) -> bool:
+        """Whether every rank came to its end."""
+        queue = deque(range(self.program.num_ranks))
+        queued = set(queue)
+        while queue:
+            rank = queue.popleft()
+            queued.discard(rank)
+            for woken in sorted(self._advance(rank) - queued):
+                queue.append(woken)
+                queued.add(woken)
+        return all(len(e) == len(a) for e, a in zip(self.events, self.program.actions_by_rank, strict=True))
+
+    def _advance(self, rank: int) -> set[int]:
+        """Runs a rank until it waits; returns the ranks that may go on because of it."""
+        woken: set[int] = set()
+        events, actions, seconds = self.events[rank], self.program.actions_by_rank[rank], self.seconds[rank]
+        now = self.now[rank]
+        while len(events) < len(actions):
+            action, start = actions[len(events)], now
+            if isinstance(action, Compute):
+                now += seconds[action.stage][_column(action.kind)]
+                self.busy[rank] += now - start
+            elif isinstance(action, Send):
+                link = self._link(rank, action.peer)
+                start = max(now, link.free)
+                link.free = start + self._payload(action.route) / link.bandwidth
+                arrival = link.free + link.latency
+                link.arrivals.append(arrival)
+                woken.add(action.peer)
+                events.append(Event(rank, action, start, arrival))
+                continue
+            elif isinstance(action, Receive):
+                link = self._link(action.peer, rank)
+                if not link.arrivals:
+                    break
+                now = self._wait(rank, action.peer, now, link.arrivals.popleft())
+            elif isinstance(action, Reduce):
+                self.reached.setdefault(action.stage, {})[rank] = (now, len(events))
+                self.started[rank].append(action.stage)
+                events.append(Event(rank, action, now, now))
+                woken |= self._reduce(action.stage)
+                continue
+            elif isinstance(action, Step) and action.stage in self.reached:
+                if action.stage not in self.reduced:
+                    break
+                end, latest = self.reduced[action.stage]
+                now = self._wait(rank, latest, now, end)
+            events.append(Event(rank, action, start, now))
+        self.now[rank] = now
+        woken.discard(rank)
+        return woken
+
+    def _wait(self, rank: int, peer: int, now: float, until: float) -> float:
+        """The time at which the rank goes on, with the wait attributed to the peer."""
+        if until <= now:
+            return now
+        self.waits[rank, peer] = self.waits.get((rank, peer), 0.0) + until - now
+        return until
+
+    def _link(self, source: int, target: int) -> _Link:
+        link = self.links.get((source, target))
+        if link is None:
+            link = self.links[source, target] = _Link(*self.plan.cluster.link(source, target))
+        return link
+
+    def _payload(self, route: Route) -> int:
+        amount = self.payload_by_id.get(id(route))
+        if amount is None:
+            amount = self.payload_by_id[id(route)] = self.payload[route]  # the program keeps the route alive
+        return amount
+
+    def _reduce(self, stage: int) -> set[int]:
+        """Settles the reduction, and those it held up, if all replicas are there; returns their ranks."""
+        woken: set[int] = set()
+        pending = [stage]
+        while pending:
+            stage = pending.pop()
+            ranks = self.program.placement[stage]
+            if any(not self.started[r] or self.started[r][0] != stage for r in ranks):
+                continue
+            reached = self.reached[stage]
+            latest = max(ranks, key=lambda r: (reached[r][0], -r))
+            start = max(reached[latest][0], *(self.reduction_free[r] for r in ranks))
+            layers = [self.plan.costs.layer_by_name[name] for name in self.plan.stages[stage].layers]
+            amount = sum(layer.parameter_bytes for layer in layers if layer.has_backward)
+            end = start + reduce_seconds(self.plan.cluster, amount, ranks)
+            self.reduced[stage] = (end, latest)
+            for r in ranks:
+                self.started[r].popleft()
+                self.reduction_free[r] = end
+                index = reached[r][1]
+                self.events[r][index] = self.events[r][index]._replace(start=start, end=end)
+                if self.started[r]:
+                    pending.append(self.started[r][0])
+            woken.update(ranks)
+        return woken
+
+
+def _column(kind: Kind) -> int:
+    if kind is Kind.FORWARD:
+        return 0
+    if kind is Kind.BACKWARD:
+        return 1
+    return 2 if kind is Kind.BACKWARD_INPUT else 3
+
+
+def _seconds_by_stage(plan: Plan, rank: int) -> dict[int, tuple[float, float, float, float]]:
+    """Seconds of F, B, I and W of every stage that the rank holds."""
+    device = plan.cluster.devices[rank] if rank < plan.cluster.num_devices else plan.cluster.devices[0]
+
+    def speed(layer: LayerCosts) -> float:
+        return device.speed_by_kind.get(layer.kind, device.speed)
+
+    result = {}
+    for index, stage in enumerate(plan.stages):
+        if rank in stage.devices:
+            layers = [plan.costs.layer_by_name[name] for name in stage.layers]
+            forward = math.fsum(layer.forward_seconds / speed(layer) for layer in layers)
+            inputs = math.fsum(layer.backward_input_seconds / speed(layer) for layer in layers)
+            weights = math.fsum(layer.backward_weight_seconds / speed(layer) for layer in layers)
+            result[index] = (forward, inputs + weights, inputs, weights)
+    return result

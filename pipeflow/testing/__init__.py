@@ -1,0 +1,58 @@
+"""Property tests for users' own models, partitioners and schedules.
+
+Hypothesis strategies draw layer graphs, costs, clusters and plans; checks raise AssertionError
+with a story where a promise is broken. Names load on first use: what needs torch or hypothesis
+asks for it only then.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeflow.testing.costs import clusters, costs, problems
+    from pipeflow.testing.graphs import batches, layer_graphs
+    from pipeflow.testing.layout import check_layout_invariance
+    from pipeflow.testing.partitions import check_partition
+    from pipeflow.testing.plans import check_program, plans
+    from pipeflow.testing.processes import RankResult, run_ranks
+    from pipeflow.testing.unit_costs import unit_costs
+
+_HOME = {
+    "RankResult": "processes",
+    "batches": "graphs",
+    "check_layout_invariance": "layout",
+    "check_partition": "partitions",
+    "check_program": "plans",
+    "clusters": "costs",
+    "costs": "costs",
+    "layer_graphs": "graphs",
+    "plans": "plans",
+    "problems": "costs",
+    "run_ranks": "processes",
+    "unit_costs": "unit_costs",
+}
+
+__all__ = [
+    "RankResult",
+    "batches",
+    "check_layout_invariance",
+    "check_partition",
+    "check_program",
+    "clusters",
+    "costs",
+    "layer_graphs",
+    "plans",
+    "problems",
+    "run_ranks",
+    "unit_costs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipeflow.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pipeflow.testing.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

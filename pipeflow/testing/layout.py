@@ -1,0 +1,110 @@
+"""The law that everything is for: any valid plan trains as one device does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeflow.engine import Engine
+from pipeflow.execution_plan import Plan
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.reference import Reference
+from pipeflow.runtime.replica import OptimizerFactory
+
+Trajectory = tuple[list[dict[str, float]], dict[str, Tensor]]
+"""The losses of every step (the last entry: of an evaluation), and the state after."""
+
+
+def train_reference(
+    graph: LayerGraph,
+    batches: Sequence[Mapping[str, Tensor]],
+    optimizer: OptimizerFactory,
+    *,
+    num_microbatches: int,
+    seed: int = 0,
+) -> Trajectory:
+    """What one device makes of the batches."""
+    reference = Reference(graph, optimizer, num_microbatches=num_microbatches, seed=seed)
+    losses = [dict(reference.step(batch).losses) for batch in batches]
+    losses.append(dict(reference.evaluate(batches[0]).losses))
+    return losses, reference.state_dict()
+
+
+def train_plan(
+    graph: LayerGraph,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Tensor]],
+    optimizer: OptimizerFactory,
+    *,
+    seed: int = 0,
+) -> Trajectory:
+    """What the engine makes of them: in threads, or on this rank of a process group."""
+    with Engine(graph, plan, optimizer, seed=seed, num_threads=1) as engine:
+        losses = [dict(engine.step(batch).losses) for batch in batches]
+        losses.append(dict(engine.evaluate(batches[0]).losses))
+        return losses, engine.state_dict()
+
+
+def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: float | None, story: str) -> None:
+    """Raises AssertionError where two trajectories differ.
+
+    Args:
+        tolerance: relative, on losses and on the norm of each tensor; None for equality to the last bit.
+        story: what was run, for the message.
+    """
+    for step, (a, b) in enumerate(zip(expected[0], seen[0], strict=True)):
+        for name in a:
+            same = (
+                a[name] == b[name]
+                if tolerance is None
+                else abs(a[name] - b[name]) <= tolerance * max(1.0, abs(a[name]))
+            )
+            assert same, f"{story}: loss {name!r} of step {step} is {b[name]!r}, on one device {a[name]!r}"
+    assert expected[1].keys() == seen[1].keys(), f"{story}: the state has other names than on one device"
+    for name, value in expected[1].items():
+        other = seen[1][name]
+        if tolerance is None:
+            assert torch.equal(value, other), f"{story}: {name!r} differs by {(value - other).abs().max():.3g}"
+        elif value.is_floating_point():
+            error = (value - other).norm() / max(1.0, float(value.norm()))
+            assert error <= tolerance, f"{story}: {name!r} differs by {float(error):.3g} relative"
+
+
+def check_layout_invariance(
+    graph: LayerGraph,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    optimizer: OptimizerFactory | None = None,
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> None:
+    """Raises AssertionError unless the plan trains the graph as one device does.
+
+    Compares the losses of every step, of an evaluation after, and all parameters and buffers:
+    to the last bit where every stage has one replica, else within `tolerance`.
+
+    Args:
+        graph: the model. Use float64 with several replicas.
+        plan: for it.
+        batches: training steps to take, of any sizes.
+        optimizer: by default SGD with momentum and small steps, so that rounding is not blown up.
+        tolerance: relative; by default 1e-12, which float64 holds.
+    """
+
+    def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+    factory = optimizer or sgd
+    single = all(stage.num_replicas == 1 for stage in plan.stages)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels may add in another order with more
+    try:
+        expected = train_reference(graph, batches, factory, num_microbatches=plan.num_microbatches, seed=seed)
+        seen = train_plan(graph, plan, batches, factory, seed=seed)
+    finally:
+        torch.set_num_threads(threads)
+    story = f"{plan.schedule} of {len(plan.stages)} stages on {plan.placement}, {plan.num_microbatches} micro-batches"
+    compare_trajectories(expected, seen, tolerance=None if single else tolerance or 1e-12, story=story)

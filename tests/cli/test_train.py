@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeflow.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DIGITS = ROOT / "examples" / "digits.py"
+
+TINY = """
+import torch
+from torch import nn
+import pipeflow as pf
+
+def graph():
+    graph = pf.LayerGraph("tiny")
+    hidden = graph.input("x", ("B", 4))
+    for i in range(3):
+        hidden = graph.add(f"l{i}", pf.lazy(LAYER, 4, 4), hidden)
+    graph.loss("loss", nn.functional.mse_loss, hidden, graph.input("y", ("B", 4)))
+    return graph
+
+def batches(epoch, seed):
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    for size in (6, 6, 2):
+        x = torch.randn(size, 4, generator=generator)
+        yield {"x": x, "y": x.flip(1)}
+
+def recipe():
+    return pf.Recipe(
+        name="tiny", graph=graph, train_batches=batches, test_batches=lambda: batches(99, 99),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        batch_size=6, num_epochs=2, num_devices=2, num_stages=2, replicas=(1, 1), num_microbatches=3, EXTRA
+    )
+"""
+
+
+def write_recipe(folder: Path, *, layer: str = "nn.Linear", extra: str = "", before: str = "") -> str:
+    path = folder / "tiny.py"
+    path.write_text(
+        TINY.replace("def graph", before + "\ndef graph", 1).replace("LAYER", layer).replace("EXTRA", extra)
+    )
+    return str(path)
+
+
+def train(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["train", *arguments])
+
+
+def train_json(*arguments: str) -> dict[str, Any]:
+    done = train(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_a_run_shows_plan_proof_epochs_and_figures(tmp_path: Path) -> None:
+    done = train(write_recipe(tmp_path))
+    assert done.exit_code == 0, done.output
+    for text in ("plan of 'tiny'", "proved: ", "epoch 2/2", "predicted", "largest difference 0 (bitwise equal)"):
+        assert text in done.stdout
+    assert done.stderr == ""
+
+
+def test_one_replica_per_stage_trains_bitwise_as_one_device(tmp_path: Path) -> None:
+    run = train_json(write_recipe(tmp_path))
+    assert len(run["losses"]) == 6
+    assert len(run["stages"]) == 2
+    assert run["comparison"]["largest_loss_difference"] == 0
+    assert run["comparison"]["largest_parameter_difference"] == 0
+
+
+def test_any_layout_gives_the_same_losses(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    one = train_json(recipe, "--devices", "1", "--no-check-reference")
+    two = train_json(recipe, "--devices", "2", "--replicas", "2", "--no-check-reference")
+    assert one["num_ranks"] == 1
+    assert len(two["stages"]) == 1
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert one["comparison"] is None
+
+
+def test_the_seed_changes_the_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    first, again, other = (
+        train_json(recipe, "--seed", seed, "--epochs", "1", "--no-check-reference")["losses"] for seed in "001"
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_saved_plan_is_run(tmp_path: Path) -> None:
+    recipe, plan = write_recipe(tmp_path), str(tmp_path / "plan.json")
+    assert CliRunner().invoke(cli, ["plan", recipe, "--output", plan]).exit_code == 0
+    digests = {train_json(recipe, "--plan", plan, "--no-check-reference")["digest"] for _ in range(2)}
+    assert len(digests) == 1
+    done = train(recipe, "--plan", plan, "--stages", "1")
+    assert done.exit_code == 2
+    assert "--plan fixes what --stages would" in done.stderr
+
+
+def test_a_plan_for_another_graph_is_refused(tmp_path: Path, plan_file: Path) -> None:
+    done = train(write_recipe(tmp_path), "--plan", str(plan_file))
+    assert done.exit_code == 2
+    assert "plan again" in done.stderr
+
+
+@pytest.mark.parametrize(("goal", "code"), [("1e9", 1), ("-1e9", 0)])
+def test_a_missed_goal_is_a_negative_result(tmp_path: Path, goal: str, code: int) -> None:
+    extra = f"metric=lambda predictions, batch: float(predictions['l2'].mean()), metric_goal={goal}"
+    recipe = write_recipe(tmp_path, extra=extra)
+    done = train(recipe, "--no-check-reference")
+    assert done.exit_code == code
+    assert ("promises at least" in done.stderr) == bool(code)
+    # Nobody promised anything of a shorter run.
+    assert train(recipe, "--no-check-reference", "--epochs", "1").exit_code == 0
+
+
+FAILING = """
+class Failing(nn.Linear):
+    def forward(self, x):
+        if not isinstance(x, torch._subclasses.FakeTensor) and FLAG.exists():
+            raise ValueError("out of order")
+        return super().forward(x)
+
+import pathlib
+FLAG = pathlib.Path(__file__).with_suffix(".flag")
+"""
+
+
+def test_a_layer_that_raises_ends_the_run_in_one_message(tmp_path: Path) -> None:
+    recipe, plan = write_recipe(tmp_path, layer="Failing", before=FAILING), str(tmp_path / "plan.json")
+    assert CliRunner().invoke(cli, ["plan", recipe, "--output", plan]).exit_code == 0
+    (tmp_path / "tiny.flag").touch()
+    done = train(recipe, "--plan", plan)
+    assert done.exit_code == 1
+    assert "ValueError: out of order" in done.stderr
+    assert "layer 'l0'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_digits_learns_as_on_one_device() -> None:
+    run = train_json(str(DIGITS), "--epochs", "3")
+    assert [stage["devices"] for stage in run["stages"]] == [[0, 1], [2]]
+    assert run["epochs"][-1]["metric"] > 0.9
+    assert run["comparison"]["largest_loss_difference"] < 1e-4
+
+
+def test_digits_gives_the_same_losses_under_torchrun(tmp_path: Path) -> None:
+    plan = str(tmp_path / "plan.json")
+    assert CliRunner().invoke(cli, ["plan", str(DIGITS), "--output", plan]).exit_code == 0
+    arguments = [str(DIGITS), "--plan", plan, "--epochs", "1", "--no-check-reference"]
+    here = train_json(*arguments)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
+    done = subprocess.run(
+        [*launch, "pipeflow", "train", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)  # one document: only rank 0 speaks
+    assert there["ranks_are"] == "processes"
+    assert there["losses"] == pytest.approx(here["losses"], rel=1e-4)
+    assert there["epochs"][-1]["metric"] == pytest.approx(here["epochs"][-1]["metric"], abs=0.01)

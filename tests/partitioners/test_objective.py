@@ -1,0 +1,143 @@
+"""The objective in numbers that one can check by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeflow.errors import PlanError
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
+from pipeflow.partitioners.cluster import Cluster, Device, Level
+from pipeflow.partitioners.objective import device_bytes, objective, stage_terms
+from pipeflow.partitioners.partition import Stage
+from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward
+
+
+def layer(name: str, *inputs: str, seconds: float, out: int = 0, gradient: int = 0, **more: object) -> LayerCosts:
+    return LayerCosts.model_validate(
+        {
+            "name": name,
+            "inputs": inputs,
+            "outputs": (TensorCosts(name=name, bytes=out, gradient_bytes=gradient),),
+            "forward_seconds": seconds,
+            **more,
+        }
+    )
+
+
+# x -> a -> b -> c -> d, and a skip from a to c and to d
+GRAPH = GraphCosts(
+    inputs=(TensorCosts(name="x", bytes=10**6),),
+    layers=(
+        layer("a", "x", seconds=1, out=100, gradient=50, parameter_bytes=1000, saved_bytes=10),
+        layer("b", "a", seconds=2, out=10),
+        layer("c", "b", "a", seconds=4, out=20, has_backward=False),
+        layer("d", "c", "a", seconds=8, parameter_bytes=8),
+    ),
+)
+CLUSTER = Cluster.uniform(5, bandwidth=100.0, latency=0.5)
+PROBLEM = PartitionProblem(costs=GRAPH, cluster=CLUSTER, num_microbatches=4)
+
+
+def stages(*parts: tuple[str, tuple[int, ...]]) -> tuple[Stage, ...]:
+    return tuple(Stage.replicated(tuple(layers), devices) for layers, devices in parts)
+
+
+def test_one_stage_pays_for_its_layers_alone() -> None:
+    assert objective(PROBLEM, stages(("abcd", (0,)))) == 15.0
+
+
+def test_a_skip_goes_straight_to_each_stage_that_reads_it() -> None:
+    cut = stages(("ab", (0,)), ("c", (1,)), ("d", (2,)))
+    first, second, third = stage_terms(PROBLEM, cut)
+    # a to c and to d: 0.5 + 1 s each; its gradient back from d alone (c has no backward): 0.5 + 0.5;
+    # b to c: 0.5 + 0.1; c to d: 0.5 + 0.2.
+    assert first.transfer_seconds == pytest.approx(1.5 + 1.5 + 1.0 + 0.6)
+    assert second.transfer_seconds == pytest.approx(1.5 + 0.6 + 0.7)
+    assert third.transfer_seconds == pytest.approx(0.7 + 1.5 + 1.0)
+    assert objective(PROBLEM, cut) == pytest.approx(8 + 3.2)
+    assert objective(replace(PROBLEM, overlap=True), cut) == pytest.approx(8.0)
+    once = stage_terms(replace(PROBLEM, fan_out="tensor"), cut)
+    assert once[0].transfer_seconds == pytest.approx(1.5 + 1.0 + 0.6)
+    assert once[1:] == (second, third)
+
+
+def test_replicas_share_the_micro_batches_and_reduce_once() -> None:
+    cut = stages(("abc", (0, 1, 2)), ("d", (3,)))
+    first, second = stage_terms(PROBLEM, cut)
+    transfers = (0.5 + 0.2) + (0.5 + 1.0) + (0.5 + 0.5)
+    reduction = 2 * 2 / 3 * 1000 / 100 + 2 * 2 * 0.5
+    assert first.reduce_seconds == pytest.approx(reduction)
+    # 4 micro-batches on 3 replicas: the busiest runs 2 of 4
+    assert first.seconds == pytest.approx(2 / 4 * (7 + transfers) + reduction / 4)
+    assert second.seconds == pytest.approx(8 + transfers)
+
+
+def test_memory_grows_with_what_is_in_flight() -> None:
+    cut = stages(("a", (0,)), ("bcd", (1, 2)))
+    first, second = stage_terms(PROBLEM, cut)
+    assert (first.parameter_bytes, first.gradient_bytes, first.optimizer_bytes) == (1000, 1000, 2000)
+    assert first.in_flight == 3
+    assert first.activation_bytes == 3 * 10
+    assert second.in_flight == 1
+    assert second.activation_bytes == 1 * 100  # received from a, once for all three readers
+    assert device_bytes(cut, (first, second)) == {0: 4030, 1: 132, 2: 132}
+
+
+def test_unlike_devices_and_links() -> None:
+    cluster = Cluster(
+        devices=(
+            Device(name="fast", speed=4, speed_by_kind={"slow-here": 0.5}),
+            Device(name="plain"),
+            Device(name="far"),
+        ),
+        levels=(Level(size=2, bandwidth=1000.0), Level(size=4, bandwidth=10.0, latency=1.0)),
+    )
+    graph = GraphCosts(
+        inputs=(TensorCosts(name="x"),),
+        layers=(
+            layer("a", "x", seconds=4, out=100),
+            layer("b", "a", seconds=1, kind="slow-here"),
+            layer("c", "b", "a", seconds=2),
+        ),
+    )
+    problem = PartitionProblem(costs=graph, cluster=cluster, num_microbatches=2)
+    terms = stage_terms(problem, stages(("ab", (0,)), ("c", (1, 2))))
+    assert terms[0].compute_seconds == 4 / 4 + 1 / 0.5
+    # two tensors over the slowest link to the replicas of c: b is empty, but pays the latency
+    assert terms[0].transfer_seconds == (1 + 10.0) + 1
+    assert terms[1].seconds_by_device == ((2 + 12) / 2, (2 + 12) / 2)
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        (Position(1, 4, 8), 4),
+        (Position(1, 4, 3), 3),
+        (Position(1, 1, 8), 1),
+        (Position(2, 5, 8), 3),
+        (Position(2, 5, 3), 2),
+        (Position(3, 3, 8), 1),
+    ],
+)
+def test_micro_batches_in_flight_under_1f1b(position: Position, expected: int) -> None:
+    assert one_forward_one_backward(position) == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_microbatches": 0},
+        {"num_stages": 0},
+        {"replicas": ()},
+        {"replicas": (1, 0)},
+        {"replicas": (1, 2), "num_stages": 3},
+        {"replicas": (1, 2), "max_replicas": 1},
+        {"num_stages": 3, "max_stages": 2},
+        {"optimizer_ratio": -1.0},
+    ],
+)
+def test_contradictions_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(PlanError, match=r"must|may|give|are|raise"):
+        PartitionProblem(costs=GRAPH, cluster=CLUSTER, **wrong)  # type: ignore[arg-type]  # drawn by name

@@ -1,0 +1,39 @@
+"""The law of laws: any drawn graph under any drawn plan trains as one device does."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeflow.testing import check_layout_invariance, layer_graphs, plans, unit_costs
+from pipeflow.testing.graphs import sample_batch
+
+SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3)
+
+
+@given(data=st.data())
+@settings(max_examples=120)
+def test_single_replicas_are_bitwise_the_reference(data: st.DataObject) -> None:
+    graph = data.draw(layer_graphs(allow_random=True, allow_shared=True, allow_buffers=True))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, graph_digest=graph.digest))
+    batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(data.draw(SIZES))]
+    check_layout_invariance(graph, plan, batches)
+
+
+@given(data=st.data())
+@settings(max_examples=120)
+def test_replicas_agree_in_float64(data: st.DataObject) -> None:
+    graph = data.draw(layer_graphs(dtype="float64", allow_random=True, allow_shared=True, allow_buffers=True))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=6, max_replicas=3, graph_digest=graph.digest))
+    batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(data.draw(SIZES))]
+    check_layout_invariance(graph, plan, batches)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@given(data=st.data())
+@settings(max_examples=40)
+def test_every_schedule(schedule: str, data: st.DataObject) -> None:
+    graph = data.draw(layer_graphs(max_layers=7))
+    drawn = plans(unit_costs(graph), max_ranks=4, max_replicas=1, schedules=[schedule], graph_digest=graph.digest)
+    check_layout_invariance(graph, data.draw(drawn), [sample_batch(graph, data.draw(st.integers(1, 12)))])
