@@ -42,12 +42,13 @@ check: setup ## format, lint, types, tests: what CI runs
 	$(MAKE) test
 
 fuzz: setup ## the laws on fresh random draws, many more than the tests take
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -k laws $(ARGS) $(TESTS)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis $(ARGS) $(TESTS)
 
-bench: setup ## pipeflow beside torch.distributed.pipelining, in one run
+bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining
+	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.runtime
 
-bench-partition: setup ## how long planning takes
+bench-partition: setup ## the partitioners on published cost graphs, against proven optima and other rules
 	$(BIN)/python -m benchmarks.partition
 
 clean: ## remove everything the other targets made

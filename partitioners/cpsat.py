@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeflow.errors import PlanError
-from pipeflow.partitioners.bounds import lower_bound
+from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
+from pipeflow.partitioners.chain import closest
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
-from pipeflow.partitioners.objective import objective
+from pipeflow.partitioners.normalise import fold
+from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.orders import best_of_orders
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
@@ -55,11 +57,12 @@ def cpsat(problem: PartitionProblem) -> Partition:
     if reason := supports(problem):
         raise PlanError(f"cpsat cannot solve this: {reason}; use another partitioner")
     require_feasible(problem)
-    start = best_of_orders(problem, rounds=40)
-    bound = lower_bound(problem)
-    stages, proved = improve(problem, start, bound)
+    smaller = fold(problem)
+    start = best_of_orders(smaller, rounds=12)
+    bound = max(lower_bound(problem), cut_bound(smaller))
+    stages, proved = improve(smaller, start, bound)
     if stages is None:
-        raise no_cut_fits(problem, None, "cut")
+        raise no_cut_fits(problem, closest(problem, bound), "cut")
     return certified(problem, stages, partitioner="cpsat", lower_bound=max(bound, proved))
 
 
@@ -152,8 +155,6 @@ class _Model:
     def _add_loads(self, model: Any, on: list[list[Any]], bottleneck: Any, hints: list[int]) -> None:
         problem, atoms = self.problem, self.problem.atoms
         device = problem.cluster.devices[0]
-        from pipeflow.partitioners.objective import compute_seconds
-
         compute = [math.floor(compute_seconds(group, device) * self.scale) for group in atoms.layers]
         bandwidth, latency = problem.cluster.link(0, 1) if problem.cluster.num_devices > 1 else (math.inf, 0.0)
         weights: dict[tuple[int, tuple[int, ...]], float] = {}

@@ -33,6 +33,7 @@ from pipeflow.errors import PlanError
 from pipeflow.partitioners.atoms import Floats, Ints
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
+from pipeflow.partitioners.chain import closest
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible, shortfall
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import compute_seconds, objective
@@ -77,7 +78,7 @@ def ideals(problem: PartitionProblem) -> Partition:
         raise PlanError(f"the graph has more than {MOST_IDEALS} ideals; use another partitioner")
     stages, proved = result
     if stages is None:
-        raise no_cut_fits(problem, None, "cut")
+        raise no_cut_fits(problem, closest(problem, bound), "cut")
     return certified(problem, stages, partitioner="ideals", lower_bound=proved)
 
 

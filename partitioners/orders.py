@@ -43,7 +43,7 @@ def orders(problem: PartitionProblem) -> Partition:
 
 def num_rounds(num_atoms: int) -> int:
     """So many that the whole takes seconds: a round is about linear in the atoms."""
-    return max(8, min(300, 40_000 // max(1, num_atoms)))
+    return max(8, min(300, 6 * num_atoms, 40_000 // max(1, num_atoms)))
 
 
 def best_of_orders(

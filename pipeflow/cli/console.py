@@ -16,8 +16,6 @@ import click
 
 from pipeflow.report.table import Table, print_table
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-
 Advance = Callable[[str], None]
 """Moves a progress bar by one and says what is going on."""
 

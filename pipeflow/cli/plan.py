@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from pipeflow.cli.console import json_option, print_json, working
-from pipeflow.cli.planning import Request, load_source, make_plan, planning_options
+from pipeflow.cli.console import print_json, working
+from pipeflow.cli.options import json_option, planning_options
+from pipeflow.cli.planning import Request, load_source, make_plan
 from pipeflow.errors import Infeasible
 
 

@@ -9,14 +9,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import TYPE_CHECKING
 
 from pipeflow.errors import FormatError, PlanError
-from pipeflow.partitioners import PARTITIONERS
-from pipeflow.schedules import SCHEDULES
-from pipeflow.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,32 +24,6 @@ if TYPE_CHECKING:
 
 _PROFILED_MICROBATCHES = 8
 """Layers are profiled on so many micro-batches to the batch where nobody says how many there are."""
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers joined by commas."""
-
-    name = "N,N,..."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of counts; write for example 2,1", param, ctx)
-
-
-class _Bytes(click.ParamType[int]):
-    """An amount such as 16GiB."""
-
-    name = "BYTES"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_bytes(value if isinstance(value, int) else str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,26 +50,6 @@ class Request:
         if recipe is not None and recipe.num_devices == num_ranks and self.stages is None and self.replicas is None:
             return self
         return replace(self, devices=num_ranks)
-
-
-_OPTIONS = (
-    click.option("--devices", type=click.IntRange(min=1), help="How many devices of this machine to plan for."),
-    click.option("--cluster", type=click.Path(exists=True, dir_okay=False), help="A cluster file, instead."),
-    click.option("--memory", type=_Bytes(), help="Memory of each device, for example 16GiB, instead of its own."),
-    click.option("--microbatches", type=click.IntRange(min=1), help="Into how many a batch is cut."),
-    click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages."),
-    click.option("--replicas", type=_Counts(), help="Replicas of each stage in turn, for example 2,1."),
-    click.option("--partitioner", help=f"auto, or one of {', '.join(PARTITIONERS)}."),
-    click.option("--schedule", help=f"auto, one of {', '.join(SCHEDULES)}, or module:function."),
-    click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
-)
-
-
-def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of a `Request` to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

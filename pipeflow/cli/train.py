@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeflow.cli.console import json_option, print_json, progress, show, working
-from pipeflow.cli.planning import Request, Source, make_plan, planning_options
+from pipeflow.cli.console import print_json, progress, show, working
+from pipeflow.cli.options import json_option, planning_options
+from pipeflow.cli.planning import Request, Source, make_plan
 from pipeflow.errors import EngineError, PlanError
 from pipeflow.report.run import Epoch, Run, epoch_line, run_tables
 

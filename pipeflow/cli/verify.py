@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeflow.cli.console import json_option, print_json, show
+from pipeflow.cli.console import print_json, show
+from pipeflow.cli.options import json_option
 from pipeflow.errors import VerificationError
 from pipeflow.report.table import Table
 from pipeflow.units import format_bytes

@@ -155,8 +155,6 @@ class Binder:
             for route in self._local_routes(index, m, Direction.BACKWARD)
             for part in route.payload
         ]
-        run_backward = torch.autograd.backward
-
         def backward() -> None:
             if not sizes[m]:
                 return
@@ -252,6 +250,17 @@ class Binder:
             stage.replica.step()
 
         return step
+
+
+def run_backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
+    """`torch.autograd.backward` without what it does around the engine's call.
+
+    It checks shapes that are known to fit and copies the thread's context for compiled graphs,
+    which took a tenth of a step of small layers (`benchmarks/runtime.py`, executor alone).
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        tuple(roots), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _gradient(leaf: Tensor) -> Tensor:

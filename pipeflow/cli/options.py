@@ -1,0 +1,60 @@
+"""The options that commands share, and how their values are written.
+
+Options have the same name and meaning wherever they stand. Knows no command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeflow.partitioners import PARTITIONERS
+from pipeflow.schedules import SCHEDULES
+from pipeflow.units import parse_bytes
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Whole numbers joined by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of counts; write for example 2,1") from error
+
+
+def parse_amount(text: str) -> int:
+    """Bytes such as 16GiB."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+
+_OPTIONS = (
+    click.option("--devices", type=click.IntRange(min=1), help="How many devices of this machine to plan for."),
+    click.option("--cluster", type=click.Path(exists=True, dir_okay=False), help="A cluster file, instead."),
+    click.option(
+        "--memory",
+        type=parse_amount,
+        metavar="BYTES",
+        help="Memory of each device, for example 16GiB, instead of its own.",
+    ),
+    click.option("--microbatches", type=click.IntRange(min=1), help="Into how many a batch is cut."),
+    click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages."),
+    click.option(
+        "--replicas", type=parse_counts, metavar="N,N,...", help="Replicas of each stage in turn, for example 2,1."
+    ),
+    click.option("--partitioner", help=f"One of {', '.join(PARTITIONERS)}."),
+    click.option("--schedule", help=f"auto, one of {', '.join(SCHEDULES)}, or module:function."),
+    click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
+)
+
+
+def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a `pipeflow.cli.planning.Request` to a command, its batch size apart."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function

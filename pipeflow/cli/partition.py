@@ -1,0 +1,113 @@
+"""`pipeflow partition`: cuts costs from anywhere into stages, and says how good the cut is at most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeflow.cli.console import print_json, show
+from pipeflow.cli.options import json_option, parse_amount, parse_counts
+from pipeflow.errors import Infeasible
+from pipeflow.graphs.formats import FORMATS
+from pipeflow.partitioners import PARTITIONERS
+from pipeflow.report.table import Table
+
+if TYPE_CHECKING:
+    from pipeflow.partitioning import PartitionReport
+
+
+@click.command()
+@click.argument("profile", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), default="pipeflow", show_default=True, help="Of the file."
+)
+@click.option("--devices", type=click.IntRange(min=1), help="How many alike devices; by default as the file says.")
+@click.option("--cluster", type=click.Path(exists=True, dir_okay=False), help="A cluster file, instead.")
+@click.option(
+    "--memory",
+    type=parse_amount,
+    metavar="BYTES",
+    help="Of each device, for example 16GiB; by default the file's limit.",
+)
+@click.option(
+    "--bandwidth",
+    type=parse_amount,
+    metavar="BYTES",
+    help="Of every link, per second, for example 10GB; by default the file's.",
+)
+@click.option("--microbatches", type=click.IntRange(min=1), help="Into how many a batch is cut.")
+@click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages.")
+@click.option("--max-stages", type=click.IntRange(min=1), help="At most so many stages.")
+@click.option(
+    "--replicas", type=parse_counts, metavar="N,N,...", help="Replicas of each stage in turn, for example 2,1."
+)
+@click.option("--max-replicas", type=click.IntRange(min=1), help="At most so many of any stage; 1 forbids them.")
+@click.option("--partitioner", default="auto", show_default=True, help=f"One of {', '.join(PARTITIONERS)}.")
+@click.option("--overlap", is_flag=True, help="Transfers run while a device computes: the longer of both counts.")
+@json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    profile: str,
+    form: str,
+    devices: int | None,
+    cluster: str | None,
+    memory: int | None,
+    bandwidth: int | None,
+    microbatches: int | None,
+    stages: int | None,
+    max_stages: int | None,
+    replicas: tuple[int, ...] | None,
+    max_replicas: int | None,
+    partitioner: str,
+    overlap: bool,
+    as_json: bool,
+) -> None:
+    """Cut the graph in PROFILE into stages, without a schedule and without torch.
+
+    Seconds are in the unit of the file. Exit code 1 means that no partition satisfies the limits.
+    """
+    from pipeflow.partitioners.cluster import Cluster
+    from pipeflow.partitioning import partition
+
+    try:
+        found = partition(
+            profile,
+            format=form,
+            num_devices=devices,
+            cluster=None if cluster is None else Cluster.from_file(cluster),
+            memory_bytes=memory,
+            bandwidth=bandwidth,
+            num_microbatches=microbatches,
+            num_stages=stages,
+            max_stages=max_stages,
+            replicas=replicas,
+            max_replicas=max_replicas,
+            partitioner=partitioner,
+            overlap=overlap,
+        )
+    except Infeasible as error:
+        if not as_json:
+            raise
+        print_json({"feasible": False, "reasons": list(error.reasons)})
+        context.exit(1)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        show(_table(found))
+
+
+def _table(found: PartitionReport) -> Table:
+    return Table(
+        title=(
+            f"{found.partitioner}: bottleneck {found.objective:.6g} per micro-batch, lower bound "
+            f"{found.lower_bound:.6g}, gap {found.gap:.1%}, found in {found.seconds:.3g} s"
+        ),
+        headings=(">stage", ">replicas", ">layers", "from", "to"),
+        rows=tuple(
+            (str(index), str(count), str(len(layers)), layers[0], layers[-1])
+            for index, (layers, count) in enumerate(zip(found.stages, found.replicas, strict=True))
+        ),
+    )

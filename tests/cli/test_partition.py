@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from pipeflow.cli import cli
+
+
+def test_costs_are_cut_with_a_certificate(costs_file: Path) -> None:
+    done = CliRunner().invoke(cli, ["partition", str(costs_file), "--devices", "3"])
+    assert done.exit_code == 0, done.output
+    assert "gap 0.0%" in done.stdout
+    assert done.stderr == ""
+
+
+def test_json_has_the_stages(costs_file: Path) -> None:
+    done = CliRunner().invoke(cli, ["partition", str(costs_file), "--devices", "3", "--max-replicas", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert [len(stage) for stage in document["stages"]] == [2, 2, 2]
+    assert document["replicas"] == [1, 1, 1]
+    assert document["lower_bound"] <= document["objective"]
+
+
+def test_what_does_not_fit_is_a_negative_result(costs_file: Path) -> None:
+    arguments = ["partition", str(costs_file), "--devices", "2", "--memory", "10"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 1
+    done = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["feasible"] is False
+
+
+def test_a_file_of_another_format_is_a_wrong_call(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text("{}")
+    assert CliRunner().invoke(cli, ["partition", str(path), "--devices", "2"]).exit_code == 2
+
+
+def test_the_number_of_devices_is_asked_for(costs_file: Path) -> None:
+    done = CliRunner().invoke(cli, ["partition", str(costs_file)])
+    assert done.exit_code == 2
+    assert "number of devices" in done.stderr
