@@ -19,7 +19,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from pipeflow.errors import BatchError, EngineError, LayerFailure, PlanError
+from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError, PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.flows import flows
 from pipeflow.graphs.batch import check_batch
@@ -30,8 +30,10 @@ from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
+from pipeflow.runtime.gradients import GradientPolicy, NonFinite
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import microbatch_sizes
+from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
@@ -57,6 +59,12 @@ class Engine(AbstractContextManager["Engine"]):
         optimizer: makes an optimizer for a list of parameters; called once per stage replica.
             None for inference alone.
         lr_scheduler: makes a scheduler from an optimizer; stepped after each step.
+        parameter_groups: options of the optimizer for parameters by name pattern, for example
+            `{"*.bias": {"weight_decay": 0.0}}`; the first pattern that fits `<layer>.<name>` holds.
+        clip_norm: scale gradients so that their norm over the whole model is at most this.
+        clip_value: cut every element of the gradients to this absolute value, after `clip_norm`.
+        nonfinite: where a loss or gradient is infinite or no number, "ignore" it as torch does,
+            "raise" NonFiniteError on every rank, or "skip" the step on every rank.
         seed: for lazily built layers and random ones. The same seed gives the same training
             under any plan.
         transport: "threads" runs all ranks in this process, "distributed" is one rank of a
@@ -79,6 +87,10 @@ class Engine(AbstractContextManager["Engine"]):
         optimizer: OptimizerFactory | None = None,
         *,
         lr_scheduler: SchedulerFactory | None = None,
+        parameter_groups: ParameterGroups | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: NonFinite = "ignore",
         seed: int = 0,
         transport: TransportKind = "auto",
         devices: Sequence[torch.device | str] | None = None,
@@ -96,6 +108,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._step = 0
         self._failed: str | None = None
         self._has_optimizer = optimizer is not None
+        self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
+        groups = check_groups(parameter_groups, graph.parameters)
         self._distributed = transport == "distributed" or (transport == "auto" and is_launched())
         self._devices = _resolve_devices(plan, devices, distributed=self._distributed)
         self._exchange = Exchange(plan.num_ranks, plan.placement)
@@ -105,7 +119,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._remote = self._join(seed)
             ranks = (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
-        self._replicas = {rank: self._build_rank(rank, optimizer, lr_scheduler, seed) for rank in ranks}
+        self._replicas = {rank: self._build_rank(rank, optimizer, lr_scheduler, groups, seed) for rank in ranks}
         self._executors: dict[tuple[Mode, tuple[str, ...] | None], dict[int, Executor]] = {}
         self._recorder = Recorder(plan)
         if self._remote is not None:
@@ -140,14 +154,19 @@ class Engine(AbstractContextManager["Engine"]):
         )
 
     def _build_rank(
-        self, rank: int, optimizer: OptimizerFactory | None, lr_scheduler: SchedulerFactory | None, seed: int
+        self,
+        rank: int,
+        optimizer: OptimizerFactory | None,
+        lr_scheduler: SchedulerFactory | None,
+        groups: ParameterGroups,
+        seed: int,
     ) -> dict[int, StageReplica]:
         replicas = {}
         for index, stage in enumerate(self.plan.stages):
             if rank in stage.devices:
                 replicas[index] = StageReplica(self.graph, stage.layers, device=self._devices[rank], seed=seed)
                 if optimizer is not None:
-                    replicas[index].make_optimizer(optimizer, lr_scheduler)
+                    replicas[index].make_optimizer(optimizer, lr_scheduler, groups)
         return replicas
 
     def _agree_on_weights(self, remote: DistributedTransport) -> None:
@@ -197,7 +216,14 @@ class Engine(AbstractContextManager["Engine"]):
             train=train,
         )
         actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
-        return Executor(actions, binder, measure=self._measure and train)
+        owned = {
+            name: parameter
+            for index, replica in self._replicas[rank].items()
+            if self.plan.stages[index].devices[0] == rank
+            for name, parameter in replica.parameters.items()
+        }
+        policy = self._policy if train else None
+        return Executor(actions, binder, policy=policy, owned=owned, measure=self._measure and train)
 
     # --- running --------------------------------------------------------------------------
 
@@ -214,6 +240,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             BatchError: the batch does not fit the graph; nothing was sent.
             LayerFailure: a layer raised, here or on another rank. The engine is of no use after.
+            NonFiniteError: something was not finite and `nonfinite="raise"`; the engine goes on.
             EngineError: no optimizer was given, or the engine has failed or is closed.
         """
         if not self._has_optimizer:
@@ -278,6 +305,8 @@ class Engine(AbstractContextManager["Engine"]):
             try:
                 with torch.set_grad_enabled(train):
                     executors[rank].run(batch, sizes, self._step)
+            except NonFiniteError:
+                raise  # every rank raises it by itself
             except BaseException as error:
                 self._spread(error)
                 raise
@@ -286,9 +315,9 @@ class Engine(AbstractContextManager["Engine"]):
         if errors:
             self._raise(errors)
         first = executors[self._workers.ranks[0]]
-        losses = dict(first.losses)
         weights = {name: self.graph.layers[name].weight for name in self.graph.losses}
-        return StepResult(num_samples, weights, lambda: losses)
+        verdict = first.state.verdict
+        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip)
 
     def _check_batch(self, batch: Mapping[str, Tensor], executors: Mapping[int, Executor]) -> int:
         required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
@@ -313,6 +342,8 @@ class Engine(AbstractContextManager["Engine"]):
         """Raises what went wrong first, rather than what followed from it."""
         own = [e for e in errors if not isinstance(e, Aborted)]
         error = own[0] if own else errors[0]
+        if isinstance(error, NonFiniteError):
+            raise error
         self._failed = str(error)
         if isinstance(error, Aborted):
             if self._remote is not None and self._remote.disagreement:

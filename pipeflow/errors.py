@@ -71,6 +71,13 @@ class EngineError(PipeflowError, RuntimeError):
     """An engine that is asked for what it cannot do (closed, failed, missing an optimizer)."""
 
 
+class NonFiniteError(EngineError):
+    """A loss or gradient is infinite or no number, and the engine was asked to stop there.
+
+    Raised on every rank in the same step; parameters are untouched and the engine goes on.
+    """
+
+
 class PlanMismatch(EngineError):
     """Ranks hold different plans or graphs. Raised on every rank before the first step."""
 

@@ -176,5 +176,7 @@ def problem_of(
         fan_out="tensor" if profile.sends_once else "stage",
     )
     if profile.holds_state:
-        return problem
+        return replace(
+            problem, gradient_ratio=min(1.0, profile.state_ratio), optimizer_ratio=max(0.0, profile.state_ratio - 1)
+        )
     return replace(problem, in_flight=holds_nothing, gradient_ratio=0.0, optimizer_ratio=0.0, max_replicas=1)

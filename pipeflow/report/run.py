@@ -173,7 +173,7 @@ def run_tables(run: Run) -> tuple[Table, Table]:
             ">measured",
             ">backward",
             ">measured",
-            ">measured/predicted",
+            ">ratio",
         ),
         rows=tuple(
             (

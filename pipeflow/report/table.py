@@ -1,6 +1,6 @@
 """A table of text, for a terminal or for a pipe.
 
-Knows nothing of what the cells mean. rich is loaded when a table is printed, not before.
+Knows nothing of what the cells mean. rich is loaded when a table is drawn on a terminal, not before.
 """
 
 from __future__ import annotations
@@ -28,26 +28,41 @@ class Table:
 
 
 def print_table(table: Table, stream: IO[str]) -> None:
-    """Writes the table: ruled and coloured on a terminal, plain aligned columns elsewhere."""
+    """Writes the table: ruled and fitted on a terminal, plain aligned columns elsewhere."""
+    if stream.isatty():
+        _print_ruled(table, stream)
+    else:
+        stream.write(plain(table) + "\n")
+
+
+def plain(table: Table) -> str:
+    """The table as text: columns two spaces apart, no cell cut or wrapped, no line ending in spaces."""
+    shown = any(table.headings)
+    rows = [tuple(h.removeprefix(">") for h in table.headings)] * shown + list(table.rows)
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(table.headings))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if heading.startswith(">") else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, table.headings, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*([table.title] if table.title else []), *lines, *table.notes])
+
+
+def _print_ruled(table: Table, stream: IO[str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    terminal = stream.isatty()
-    # A pipe has no width: a long cell must not be cut or wrapped there.
-    console = Console(file=stream, highlight=False, markup=False, width=None if terminal else 10_000)
-    drawn = RichTable(
-        box=box.SIMPLE_HEAD if terminal else None,
-        pad_edge=False,
-        header_style="bold",
-        show_header=any(table.headings),
-    )
+    console = Console(file=stream, highlight=False, markup=False)
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_header=any(table.headings))
     for heading in table.headings:
         drawn.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
     for row in table.rows:
         drawn.add_row(*row)
     if table.title:
-        console.print(table.title, style="bold", soft_wrap=True)
+        console.print(table.title, style="bold")
     console.print(drawn)
     for note in table.notes:
-        console.print(note, soft_wrap=True)
+        console.print(note)

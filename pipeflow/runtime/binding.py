@@ -155,6 +155,7 @@ class Binder:
             for route in self._local_routes(index, m, Direction.BACKWARD)
             for part in route.payload
         ]
+
         def backward() -> None:
             if not sizes[m]:
                 return
@@ -241,13 +242,14 @@ class Binder:
         return reduce
 
     def _step(self, index: int) -> Closure:
-        stage = self.state.stages[index]
+        state, stage = self.state, self.state.stages[index]
 
         def step() -> None:
-            if stage.finish_reduce is not None:
-                stage.finish_reduce()
-                stage.finish_reduce = None
-            stage.replica.step()
+            stage.wait_reduce()
+            if state.verdict.skip:
+                stage.replica.drop_gradients()
+            else:
+                stage.replica.step()
 
         return step
 

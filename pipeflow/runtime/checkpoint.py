@@ -127,6 +127,10 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
         _restore_optimizer(replica, moments, manifest["hyper"])
         if replica.scheduler is not None and manifest["scheduler"] is not None:
             replica.scheduler.load_state_dict(manifest["scheduler"])
+            # Its lists are by parameter group, which another plan has others of.
+            groups = replica.optimizer.param_groups if replica.optimizer is not None else []
+            replica.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            replica.scheduler._last_lr = [group["lr"] for group in groups]
     return int(manifest["step"])
 
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeflow.errors import LayerFailure
+from pipeflow.errors import LayerFailure, NonFiniteError
 from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
 from pipeflow.runtime.losses import loss_table, read_losses
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.transport import Aborted, Transport
@@ -33,6 +34,8 @@ class Executor:
     Args:
         actions: the rank's part of the program.
         binder: what to bind them to.
+        policy: what to do with gradients before the optimizer's step; None in inference.
+        owned: the parameters of the stages whose first replica is here, by name.
         measure: record when each action starts and ends, in `spans`.
 
     Attributes:
@@ -40,12 +43,23 @@ class Executor:
         spans: (action, start, end) of the last run, in seconds of a monotonic clock.
     """
 
-    def __init__(self, actions: Sequence[Action], binder: Binder, *, measure: bool = False) -> None:
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        binder: Binder,
+        *,
+        policy: GradientPolicy | None = None,
+        owned: Mapping[str, nn.Parameter] | None = None,
+        measure: bool = False,
+    ) -> None:
         self.state: RankState = binder.state
         self.transport: Transport = binder.transport
         self.losses: Mapping[str, float] = {}
         self.spans: list[tuple[Action, float, float]] = []
         self._rank = binder.rank
+        self._policy = policy or GradientPolicy()
+        self._owned = owned or {}
+        self._names = tuple(binder.state.graph.parameters)
         self._step = 0
         self._wait_share: Callable[[], Tensor] | None = None
         bound = [(action, closure) for action in actions if (closure := binder.bind(action)) is not None]
@@ -61,19 +75,51 @@ class Executor:
         ]
 
     def _with_agreement(self, bound: list[tuple[Action, Callable[[], None]]]) -> list[Bound]:
-        """Adds the sharing of losses: started after the last compute, awaited at the end."""
+        """Adds the sharing of losses: started after the last compute, awaited at the end.
+
+        Where the ranks have to agree about gradients first, both happen before the first step.
+        """
+        steps = [i for i, (action, _) in enumerate(bound) if isinstance(action, Step)]
+        first_step = steps[0] if steps else len(bound)
+        if self._policy.needs_norms:
+            agreement: list[Bound] = [(None, self._start_share), (None, self._finish_share), (None, self._judge)]
+            return [*bound[:first_step], (None, self._wait_reductions), *agreement, *bound[first_step:]]
+        clip: list[Bound] = [(None, self._wait_reductions), (None, self._judge)] if self._policy.clip_value else []
         computes = [i for i, (action, _) in enumerate(bound) if isinstance(action, Compute | Send)]
         start = computes[-1] + 1 if computes else 0
-        return [*bound[:start], (None, self._start_share), *bound[start:], (None, self._finish_share)]
+        return [
+            *bound[:start],
+            (None, self._start_share),
+            *bound[start:first_step],
+            *clip,
+            *bound[first_step:],
+            (None, self._finish_share),
+        ]
+
+    def _wait_reductions(self) -> None:
+        for stage in self.state.stages.values():
+            stage.wait_reduce()
 
     def _start_share(self) -> None:
         state = self.state
-        self._wait_share = self.transport.start_share(loss_table(state.graph, state.losses, state.num_microbatches))
+        table = loss_table(state.graph, state.losses, state.num_microbatches)
+        if self._policy.needs_norms:
+            norms = torch.tensor(gradient_norms(self._owned, self._names), dtype=torch.float64)
+            table = torch.cat([table, norms])
+        self._wait_share = self.transport.start_share(table)
 
     def _finish_share(self) -> None:
         assert self._wait_share is not None
-        self.losses = read_losses(self.state.graph, self._wait_share(), self.state.sizes)
+        table, graph = self._wait_share(), self.state.graph
         self._wait_share = None
+        self.losses = read_losses(graph, table, self.state.sizes)
+        if self._policy.needs_norms:
+            norms = table[len(table) - len(self._names) :].tolist()
+            self.state.verdict = decide(self._policy, norms, self._names, self.losses, self._step)
+
+    def _judge(self) -> None:
+        for stage in self.state.stages.values():
+            apply(self._policy, self.state.verdict, stage.replica.parameters.values())
 
     def run(self, batch: Mapping[str, Tensor], sizes: Sequence[int], step: int) -> None:
         """Runs the program on one batch, which `check_batch` has passed.
@@ -81,6 +127,7 @@ class Executor:
         Raises:
             LayerFailure: an action of this rank raised; the original is its cause.
             Aborted: another rank failed, or has a batch of another size.
+            NonFiniteError: the policy stops this step, on every rank.
         """
         self._step = step
         self.spans = []
@@ -93,6 +140,11 @@ class Executor:
             self.transport.end()
         except Aborted:
             self.state.clear()
+            raise
+        except NonFiniteError:
+            for stage in self.state.stages.values():
+                stage.replica.drop_gradients()
+            self.transport.end()
             raise
         except Exception as error:
             self._fail(error, position)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.gradients import Verdict
 from pipeflow.runtime.microbatch import loss_factor, split
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots
@@ -38,6 +39,12 @@ class StageState:
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None
 
+    def wait_reduce(self) -> None:
+        """Puts the summed gradients in place, if a sum was started."""
+        if self.finish_reduce is not None:
+            self.finish_reduce()
+            self.finish_reduce = None
+
 
 class RankState:
     """The stages of a rank and the batch at hand.
@@ -55,6 +62,7 @@ class RankState:
         seeds: for each loss here, the gradient of the batch's loss by each micro-batch's.
         losses: for each loss here, its value on each micro-batch that ran here.
         outputs: tensors to keep, by name and micro-batch.
+        verdict: what all ranks do with the gradients of this step.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class RankState:
         self.seeds: dict[str, list[Tensor]] = {}
         self.losses: dict[str, list[Tensor | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
+        self.verdict = Verdict()
         self._seeds_sizes: tuple[int, ...] = ()
         self.clear()
 
@@ -98,6 +107,7 @@ class RankState:
             self._seeds_sizes = cut
             self._make_seeds(cut, offset)
         self.outputs = {}
+        self.verdict = Verdict()
         for stage in self.stages.values():
             for name, _ in stage.compiled.loss_slots:
                 self.losses[name] = [None] * self.num_microbatches

@@ -9,16 +9,19 @@ no stages, no program, no transport.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeflow.errors import EngineError
+from pipeflow.errors import EngineError, NonFiniteError
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.losses import add_losses
 from pipeflow.runtime.microbatch import loss_factor, microbatch_sizes, split
+from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.state import copy_into, needed_layers, required_inputs
@@ -34,6 +37,7 @@ class Reference:
         graph: the layer graph; its modules are copied, never changed.
         optimizer: makes an optimizer from a list of parameters; None for inference alone.
         lr_scheduler: makes a learning-rate scheduler from the optimizer.
+        parameter_groups, clip_norm, clip_value, nonfinite: as for `pipeflow.Engine`.
         num_microbatches: into how many a batch is cut.
         seed: for lazily built layers and random ones.
         device: where to run.
@@ -45,6 +49,10 @@ class Reference:
         optimizer: OptimizerFactory | None = None,
         *,
         lr_scheduler: SchedulerFactory | None = None,
+        parameter_groups: ParameterGroups | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        nonfinite: NonFinite = "ignore",
         num_microbatches: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -56,7 +64,9 @@ class Reference:
         self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed)
         self._has_optimizer = optimizer is not None
         if optimizer is not None:
-            self._replica.make_optimizer(optimizer, lr_scheduler)
+            groups = check_groups(parameter_groups, graph.parameters)
+            self._replica.make_optimizer(optimizer, lr_scheduler, groups)
+        self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
         self._step = 0
         readers: dict[str, int] = {}
         for layer in graph.layers.values():
@@ -70,9 +80,22 @@ class Reference:
         if not self._has_optimizer:
             raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
         result = self._run(batch, tuple(self.graph.layers), train=True)[0]
-        self._replica.step()
+        verdict = Verdict()
+        if self._policy.needs_norms:
+            names = tuple(self.graph.parameters)
+            norms = gradient_norms(self._replica.parameters, names)
+            try:
+                verdict = decide(self._policy, norms, names, result.losses, self._step)
+            except NonFiniteError:
+                self._replica.drop_gradients()
+                raise
+        apply(self._policy, verdict, self._replica.parameters.values())
+        if verdict.skip:
+            self._replica.drop_gradients()
+        else:
+            self._replica.step()
         self._step += 1
-        return result
+        return replace(result, gradient_norm=verdict.norm, skipped=verdict.skip)
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
         """The losses of a batch in evaluation mode, without training."""
@@ -119,7 +142,7 @@ class Reference:
                 )
         totals = {name: add_losses(graph, name, losses[name], sizes) for name in graph.losses}
         weights = {name: graph.layers[name].weight for name in graph.losses}
-        return StepResult(num_samples, weights, lambda: totals), kept
+        return StepResult(num_samples, totals, weights), kept
 
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
         for name in layers:

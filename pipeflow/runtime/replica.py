@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from pipeflow.errors import EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.randomness import RandomLayer, layer_key
 
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-"""Makes an optimizer for the parameters it is given: those of one stage."""
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
+"""Makes an optimizer for the parameters it is given, those of one stage: a list of parameters, or
+of groups where the engine has `parameter_groups`. torch's optimizers take both."""
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 """Makes a learning-rate scheduler for an optimizer."""
@@ -48,12 +50,14 @@ class StageReplica:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
 
-    def make_optimizer(self, factory: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+    def make_optimizer(
+        self, factory: OptimizerFactory, scheduler: SchedulerFactory | None, groups: ParameterGroups
+    ) -> None:
         """Gives the replica its optimizer, unless no parameter of it is trained."""
-        trained = [p for p in self.parameters.values() if p.requires_grad]
+        trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         if not trained:
             return
-        self.optimizer = factory(trained)
+        self.optimizer = factory(grouped(trained, groups))
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise EngineError(
                 "optimizer LBFGS needs a closure over the whole model, which no stage has; use one whose step "
@@ -77,7 +81,12 @@ class StageReplica:
             self.optimizer.step()
             if self.scheduler is not None:
                 self.scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Lets go of all gradients without a step."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Parameters and persistent buffers by name, each once; not copies."""

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """The losses of one batch, the same on every rank.
-
-    They may still be on their way when the step returns; reading them waits.
+    """The losses of one batch, and what became of its gradients; the same on every rank.
 
     Attributes:
         num_samples: samples in the batch.
+        losses: each loss over the whole batch, without its weight.
+        gradient_norm: of all gradients together before clipping; None unless the engine clips by
+            norm or looks for what is not finite.
+        skipped: whether the optimizer's step was left out, since something was not finite.
     """
 
-    def __init__(self, num_samples: int, weights: Mapping[str, float], wait: Callable[[], Mapping[str, float]]) -> None:
-        self.num_samples = num_samples
-        self._weights = weights
-        self._wait = wait
+    num_samples: int
+    losses: Mapping[str, float]
+    weights: Mapping[str, float]
+    gradient_norm: float | None = None
+    skipped: bool = False
 
-    @cached_property
-    def losses(self) -> Mapping[str, float]:
-        """Each loss over the whole batch, without its weight."""
-        return self._wait()
-
-    @cached_property
+    @property
     def loss(self) -> float:
         """The sum of the losses times their weights."""
         total = 0.0
-        for name, weight in self._weights.items():
+        for name, weight in self.weights.items():
             total += weight * self.losses[name]
         return total
-
-    def __repr__(self) -> str:
-        return f"StepResult(loss={self.loss!r}, num_samples={self.num_samples})"

@@ -1,0 +1,151 @@
+"""Clipping, parameter groups, and what is not finite: the whole model's matter, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pipeflow as pf
+from pipeflow.errors import EngineError, NonFiniteError
+from pipeflow.testing import run_ranks
+from tests.runtime.models import THREE_STAGES, Stages, forked_batch, forked_graph, make_plan, sgd
+
+LAYOUTS: dict[str, Stages] = {
+    "single": THREE_STAGES,
+    "shared ranks": [(["a", "b"], (0,)), (["c", "d"], (1,)), (["e", "p", "s", "loss"], (0,))],
+    "replicas": [(["a", "b"], (0, 1)), (["c", "d"], (2,)), (["e", "p", "s", "loss"], (0, 1, 2))],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "norm": {"clip_norm": 0.05},
+    "value": {"clip_value": 0.01},
+    "both": {"clip_norm": 0.1, "clip_value": 0.02},
+    "groups": {"parameter_groups": {"a.*": {"lr": 0.5}, "*.bias": {"lr": 0.0, "momentum": 0.0}}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_does_as_one_device(layout: str, options: str) -> None:
+    graph = forked_graph()
+    reference = pf.Reference(graph, sgd, num_microbatches=4, **OPTIONS[options])
+    with pf.Engine(graph, make_plan(graph, LAYOUTS[layout]), sgd, num_threads=1, **OPTIONS[options]) as engine:
+        for seed in range(4):
+            expected, seen = reference.step(forked_batch(8, seed=seed)), engine.step(forked_batch(8, seed=seed))
+            if layout == "replicas":
+                assert seen.loss == pytest.approx(expected.loss, rel=1e-5)
+            else:
+                assert seen == expected
+        for name, value in reference.state_dict().items():
+            tolerance = 1e-6 if layout == "replicas" else 0.0
+            torch.testing.assert_close(engine.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("options", "clip"),
+    [
+        ({"clip_norm": 0.05}, lambda p: nn.utils.clip_grad_norm_(p, 0.05)),
+        ({"clip_value": 0.01}, lambda p: nn.utils.clip_grad_value_(p, 0.01)),
+    ],
+)
+def test_clips_as_torch_does(options: dict[str, float], clip: Callable[[list[nn.Parameter]], object]) -> None:
+    graph = forked_graph()
+    modules = graph.build()
+    parameters = [p for m in modules.values() if isinstance(m, nn.Module) for p in m.parameters()]
+    optimizer = sgd(parameters)
+    with pf.Engine(graph, make_plan(graph, THREE_STAGES, num_microbatches=1), sgd, **options) as engine:  # type: ignore[arg-type]
+        batch = forked_batch(8)
+        a = modules["a"](batch["x"])
+        logits = modules["e"](modules["c"](torch.tanh(a)) + a) + modules["p"](a)
+        torch.autograd.backward(nn.functional.cross_entropy(logits, batch["y"]))
+        before = float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm())
+        clip(parameters)
+        optimizer.step()
+        result = engine.step(batch)
+        if "clip_norm" in options:
+            assert result.gradient_norm == pytest.approx(before, rel=1e-5)
+        state = engine.state_dict()
+    for name in ("a", "c", "e", "p"):
+        for key, parameter in modules[name].named_parameters():  # type: ignore[attr-defined]
+            torch.testing.assert_close(state[f"{name}.{key}"], parameter.detach(), rtol=1e-5, atol=1e-7)
+
+
+def poisoned(size: int) -> dict[str, torch.Tensor]:
+    batch = forked_batch(size)
+    batch["x"][-1] = float("inf")
+    return batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(layout: str) -> None:
+    graph = forked_graph()
+    reference = pf.Reference(graph, sgd, num_microbatches=4, nonfinite="skip")
+    with pf.Engine(graph, make_plan(graph, LAYOUTS[layout]), sgd, nonfinite="skip") as engine:
+        for batch in (forked_batch(8), poisoned(8), forked_batch(8, seed=1)):
+            before = engine.state_dict()
+            result = engine.step(batch)
+            assert result.skipped == reference.step(batch).skipped == (not torch.isfinite(batch["x"]).all())
+            unchanged = all(torch.equal(before[n], v) for n, v in engine.state_dict().items())
+            assert unchanged == result.skipped
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(engine.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def stop(rank: int, transport: str) -> tuple[str, bool, float]:
+    graph = forked_graph()
+    with pf.Engine(graph, make_plan(graph, LAYOUTS["replicas"]), sgd, nonfinite="raise", transport=transport) as engine:  # type: ignore[arg-type]
+        engine.step(forked_batch(8))
+        before = engine.state_dict()
+        with pytest.raises(NonFiniteError) as caught:
+            engine.step(poisoned(8))
+        unchanged = all(torch.equal(before[n], v) for n, v in engine.state_dict().items())
+        return str(caught.value), unchanged, engine.step(forked_batch(8)).loss
+
+
+def test_a_step_that_is_not_finite_is_refused_with_names() -> None:
+    message, unchanged, _ = stop(0, "threads")
+    assert "step 1 has loss 'loss', gradient of 'a.weight'" in message
+    assert unchanged
+
+
+def test_all_processes_stop_at_the_same_step_and_go_on() -> None:
+    results = run_ranks(stop, 3, "distributed")
+    for result in results:
+        assert result.error is None, result.trace
+    assert len({result.value for result in results}) == 1
+    assert results[0].value[1]
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    graph = forked_graph()
+    plan = make_plan(graph, THREE_STAGES)
+    with pytest.raises(EngineError, match=r"'x\.\*', which fits no parameter"):
+        pf.Engine(graph, plan, sgd, parameter_groups={"x.*": {"lr": 1.0}})
+    with pytest.raises(EngineError, match="clip_norm=0"):
+        pf.Engine(graph, plan, sgd, clip_norm=0.0)
+    with pytest.raises(EngineError, match="nonfinite='maybe'"):
+        pf.Engine(graph, plan, sgd, nonfinite="maybe")  # type: ignore[arg-type]
+
+
+def test_frozen_layers_cost_nothing_and_stay_as_they_are() -> None:
+    """No gradient is computed for them, none is sent to what lies before them, none is summed."""
+    frozen = nn.Linear(8, 8).requires_grad_(False)
+    graph = pf.LayerGraph("frozen")
+    x, y = graph.input("x", ("B", 8)), graph.input("y", ("B",), dtype="int64")
+    hidden = graph.add("second", nn.Tanh(), graph.add("first", frozen, x))
+    graph.loss("loss", nn.functional.cross_entropy, graph.add("head", nn.Linear(8, 4), hidden), y)
+    plan = make_plan(graph, [(["first"], (0, 1)), (["second"], (2,)), (["head", "loss"], (1,))])
+    program = str(pf.lower(plan))
+    assert ">0B" not in program
+    assert "0B0" not in program
+    assert "reduce" not in program
+    assert "step 0" not in program
+    reference = pf.Reference(graph, sgd, num_microbatches=4)
+    with pf.Engine(graph, plan, sgd, num_threads=1) as engine:
+        assert engine.step(forked_batch(8)).loss == reference.step(forked_batch(8)).loss
+        for name, value in reference.state_dict().items():
+            torch.testing.assert_close(engine.state_dict()[name], value)
+        assert torch.equal(engine.state_dict()["first.weight"], frozen.weight)
