@@ -33,7 +33,7 @@ demo: setup ## train a small CNN on real digits as a pipeline on 3 devices, in o
 	$(BIN)/pipeflow train examples/digits.py
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS) $(TESTS)
 
 check: setup ## format, lint, types, tests: what CI runs
 	$(BIN)/ruff format --check .
@@ -42,7 +42,7 @@ check: setup ## format, lint, types, tests: what CI runs
 	$(MAKE) test
 
 fuzz: setup ## the laws on fresh random draws, many more than the tests take
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis $(ARGS) $(TESTS)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m hypothesis $(ARGS) $(TESTS)
 
 bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining
 	$(BIN)/python -m benchmarks.planning

@@ -208,7 +208,7 @@ def encode_layer(layer: Layer, specs: Mapping[str, TensorSpec], fallback: Fallba
         "outputs": {t: encode_spec(specs[t]) for t in layer.outputs},
     }
     if layer.is_loss:
-        description["loss"] = {"weight": layer.weight, "reduction": layer.reduction}
+        description["loss"] = {"weight": layer.weight, "reduction": layer.reduction, "count": layer.count}
     return description
 
 

@@ -31,6 +31,7 @@ class _Spec(Value):
 class _Loss(Value):
     weight: float = Field(default=1.0, allow_inf_nan=False)
     reduction: Literal["mean", "sum"] = "mean"
+    count: str | None = None
 
 
 class _Layer(Value):
@@ -111,11 +112,11 @@ def _add(graph: LayerGraph, layer: _Layer, source: Lazy | Function, kwargs: Mapp
     if layer.loss is None:
         given = graph.add(layer.name, thing, *layer.inputs, **kwargs)
     else:
-        weight, reduction = layer.loss.weight, layer.loss.reduction
+        weight, reduction, count = layer.loss.weight, layer.loss.reduction, layer.loss.count
         if "weight" in kwargs or kwargs.get("reduction", reduction) != reduction:
             raise FormatError(f"loss {layer.name!r}: weight and reduction belong under 'loss', not under 'kwargs'")
         others = {k: v for k, v in kwargs.items() if k != "reduction"}
-        given = graph.loss(layer.name, thing, *layer.inputs, weight=weight, reduction=reduction, **others)
+        given = graph.loss(layer.name, thing, *layer.inputs, weight=weight, reduction=reduction, count=count, **others)
     said = {n: TensorSpec(s.shape, s.dtype) for n, s in layer.outputs.items()}
     gives = {handle.name: handle.spec for handle in (given if isinstance(given, tuple) else (given,))}
     if {n: (s.shape, s.dtype) for n, s in said.items()} != {n: (s.shape, s.dtype) for n, s in gives.items()}:

@@ -67,6 +67,8 @@ class Layer:
         is_loss: whether training makes its output small.
         weight: of the loss in the sum of all losses.
         reduction: of the loss, over samples.
+        count: the input whose entries say how much each position counts in a mean; None for
+            every sample alike.
         is_random: whether a training forward draws random numbers.
         mutated_buffers: names of the buffers that a training forward changes.
         has_backward: whether training's backward passes through it.
@@ -81,6 +83,7 @@ class Layer:
     is_loss: bool = False
     weight: float = 1.0
     reduction: Reduction = "mean"
+    count: str | None = None
     is_random: bool = False
     mutated_buffers: tuple[str, ...] = ()
     has_backward: bool = False

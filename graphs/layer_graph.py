@@ -111,18 +111,23 @@ class LayerGraph:
         *inputs: Handle | str,
         weight: float = 1.0,
         reduction: Reduction = "mean",
+        count: Handle | str | None = None,
         **kwargs: Any,
     ) -> Handle:
         """A layer whose scalar output training makes small.
 
-        A mean is taken to count every sample alike. One that does not (class weights, ignored
-        labels) is not the mean over the micro-batches' means: use a sum for those.
+        A mean is taken to count every sample alike. One that does not (sample weights, padded
+        tokens) is not the mean over the micro-batches' means: `count` names the input that holds
+        the weights, and the batch's loss is then the mean over all of them.
 
         Args:
             name, function, inputs, kwargs: as for `add`.
             weight: of this loss in the sum of all.
             reduction: how `function` makes one number of many samples: "mean" or "sum". It is
                 passed on where `function` has an option of that name.
+            count: an input of the graph of numbers of at least 0, any shape: sample weights or a
+                padding mask. `function` gives the mean weighted by them over the samples it
+                sees; a micro-batch in which they are all 0 does not count.
 
         Raises:
             GraphError: as for `add`; or `function` is known to reduce otherwise.
@@ -132,10 +137,26 @@ class LayerGraph:
             raise GraphError(f'loss {name!r}: reduction is {reduction!r}; it is "mean" or "sum" over samples')
         if not math.isfinite(weight):
             raise GraphError(f"loss {name!r}: its weight is {weight}; give a finite number")
+        counted = self._count_input(name, count, reduction)
         source = source_of(name, function)
         kwargs = declaration.with_reduction(name, source, reduction, kwargs)
-        names, _ = self._add(name, source, inputs, kwargs, is_loss=True, weight=float(weight), reduction=reduction)
+        names, _ = self._add(
+            name, source, inputs, kwargs, is_loss=True, weight=float(weight), reduction=reduction, count=counted
+        )
         return Handle(names[0], self._specs[names[0]], self)
+
+    def _count_input(self, name: str, count: Handle | str | None, reduction: Reduction) -> str | None:
+        if count is None:
+            return None
+        tensor = self._resolve(name, count)
+        if tensor not in self._inputs:
+            raise GraphError(
+                f"loss {name!r}: count={tensor!r} is computed by a layer; it must be an input of the graph, since the "
+                "batch's total has to be known before the first micro-batch is done"
+            )
+        if reduction != "mean":
+            raise GraphError(f'loss {name!r} has both count and reduction={reduction!r}; counts are for a "mean"')
+        return tensor
 
     def _add(
         self,
@@ -147,6 +168,7 @@ class LayerGraph:
         is_loss: bool = False,
         weight: float = 1.0,
         reduction: Reduction = "mean",
+        count: str | None = None,
     ) -> tuple[tuple[str, ...], bool]:
         from pipeflow.graphs.inference import infer
 
@@ -179,6 +201,7 @@ class LayerGraph:
             is_loss=is_loss,
             weight=weight,
             reduction=reduction,
+            count=count,
             is_random=facts.is_random,
             mutated_buffers=facts.mutated_buffers,
         )

@@ -101,7 +101,7 @@ def check(
     """
     if not layers:
         raise GraphError(f"graph {graph_name!r} has no layers; add at least one")
-    read = {t for layer in layers for t in layer.inputs}
+    read = {t for layer in layers for t in (*layer.inputs, layer.count)}
     if unused := [name for name in inputs if name not in read]:
         raise GraphError(f"input {unused[0]!r} is read by no layer; use it or leave it out")
     for layer in layers:

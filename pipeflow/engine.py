@@ -31,6 +31,7 @@ from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
+from pipeflow.runtime.losses import loss_factors
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import microbatch_sizes
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
@@ -322,7 +323,12 @@ class Engine(AbstractContextManager["Engine"]):
     def _check_batch(self, batch: Mapping[str, Tensor], executors: Mapping[int, Executor]) -> int:
         required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
         try:
-            return check_batch(self.graph.inputs, batch, required=required)
+            num_samples = check_batch(self.graph.inputs, batch, required=required)
+            sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
+            for name in self.graph.losses:
+                if self.graph.layers[name].count in required:
+                    loss_factors(self.graph.layers[name], sizes, batch)  # refuses counts that make no mean
+            return num_samples
         except BatchError as error:
             if self._remote is not None:
                 self._spread(_batch_failure(error, self._remote.rank, self._step))

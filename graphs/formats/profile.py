@@ -25,6 +25,7 @@ class Profile(Value):
             held; False where the file's sizes are all that a device has to hold.
         sends_once: whether a producer pays once for all stages that read its output.
         num_microbatches: of a batch, where the file fixes it.
+        state_ratio: bytes of gradients and optimizer state for each byte of parameters.
     """
 
     format: str
@@ -38,3 +39,4 @@ class Profile(Value):
     holds_state: bool = True
     sends_once: bool = False
     num_microbatches: Count | None = None
+    state_ratio: float = Field(default=3.0, ge=0)

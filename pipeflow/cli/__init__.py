@@ -10,7 +10,6 @@ row in `COMMANDS`.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -79,4 +78,3 @@ def cli(traceback: bool) -> None:
 def main() -> None:
     """Runs the command line on `sys.argv`."""
     cli(prog_name="pipeflow")
-    sys.exit(0)

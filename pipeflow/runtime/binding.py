@@ -146,7 +146,8 @@ class Binder:
 
     def _backward(self, index: int, m: int) -> Closure:
         state, stage = self.state, self.state.stages[index]
-        compiled, gradients, live, sizes, seeds = stage.compiled, stage.gradients, stage.live, state.sizes, state.seeds
+        compiled, gradients, live, sizes = stage.compiled, stage.gradients, stage.live, state.sizes
+        seeds, factors = state.seeds, state.factors
         roots = [(root.slot, root.parts[-1], root.parts[-2::-1]) for root in compiled.roots]
         losses = compiled.loss_slots
         leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
@@ -172,7 +173,7 @@ class Binder:
                     tensors.append(slots[slot])
                     upstream.append(gradient)
             for name, slot in losses:
-                if slots[slot].requires_grad:
+                if slots[slot].requires_grad and factors[name][m]:
                     tensors.append(slots[slot])
                     upstream.append(seeds[name][m])
             if tensors:

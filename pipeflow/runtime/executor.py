@@ -102,7 +102,7 @@ class Executor:
 
     def _start_share(self) -> None:
         state = self.state
-        table = loss_table(state.graph, state.losses, state.num_microbatches)
+        table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches)
         if self._policy.needs_norms:
             norms = torch.tensor(gradient_norms(self._owned, self._names), dtype=torch.float64)
             table = torch.cat([table, norms])
@@ -112,7 +112,7 @@ class Executor:
         assert self._wait_share is not None
         table, graph = self._wait_share(), self.state.graph
         self._wait_share = None
-        self.losses = read_losses(graph, table, self.state.sizes)
+        self.losses = read_losses(graph, table, self.state.num_microbatches)
         if self._policy.needs_norms:
             norms = table[len(table) - len(self._names) :].tolist()
             self.state.verdict = decide(self._policy, norms, self._names, self.losses, self._step)

@@ -1,4 +1,4 @@
-"""The losses of a batch, agreed by all ranks.
+"""The losses of a batch: what each micro-batch's counts, and their sum, agreed by all ranks.
 
 Each rank fills in the micro-batches it ran; a sum over the ranks completes the table, exactly,
 since every entry is a number once and zero elsewhere. Then every rank adds up the micro-batches
@@ -12,15 +12,47 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipeflow.errors import BatchError
+from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.runtime.microbatch import loss_factor
 
 
-def loss_table(graph: LayerGraph, values: Mapping[str, Sequence[Tensor | None]], num_microbatches: int) -> Tensor:
-    """What one rank gives to the sum: losses by micro-batch, zero for those it did not compute.
+def loss_factors(loss: Layer, sizes: Sequence[int], batch: Mapping[str, Tensor]) -> list[float]:
+    """What each micro-batch's loss counts in the batch's: its share of samples or of counts, or 1 for a sum.
+
+    Args:
+        loss: the loss layer.
+        sizes: samples of each micro-batch.
+        batch: has the loss's `count` input, if it has one.
+
+    Raises:
+        BatchError: the counts of the batch are negative, not finite or all 0.
+    """
+    if loss.reduction == "sum":
+        return [1.0] * len(sizes)
+    if loss.count is None:
+        return [size / sum(sizes) for size in sizes]
+    counts = [float(part.double().sum()) for part in torch.split(batch[loss.count], list(sizes))]
+    total = sum(counts)
+    if not (min(counts) >= 0 and 0 < total < float("inf")):
+        raise BatchError(
+            f"the counts {loss.count!r} of loss {loss.name!r} add up to {total:g}, {min(counts):g} in one micro-batch; "
+            "they must be at least 0, and some above"
+        )
+    return [count / total for count in counts]
+
+
+def loss_table(
+    graph: LayerGraph,
+    values: Mapping[str, Sequence[Tensor | None]],
+    factors: Mapping[str, Sequence[float]],
+    num_microbatches: int,
+) -> Tensor:
+    """What one rank gives to the sum: each micro-batch's part in a loss, zero for those it did not compute.
 
     Args:
         values: for each loss that this rank computes, its value on each micro-batch or None.
+        factors: what each counts.
 
     Returns:
         float64 of losses * micro-batches elements, on the CPU.
@@ -28,24 +60,20 @@ def loss_table(graph: LayerGraph, values: Mapping[str, Sequence[Tensor | None]],
     row = [0.0] * (len(graph.losses) * num_microbatches)
     for index, name in enumerate(graph.losses):
         for m, value in enumerate(values.get(name, ())):
-            if value is not None:
-                row[index * num_microbatches + m] = float(value)
+            if value is not None and factors[name][m]:
+                row[index * num_microbatches + m] = float(value) * factors[name][m]
     return torch.tensor(row, dtype=torch.float64)
 
 
-def read_losses(graph: LayerGraph, table: Tensor, sizes: Sequence[int]) -> Mapping[str, float]:
+def read_losses(graph: LayerGraph, table: Tensor, num_microbatches: int) -> Mapping[str, float]:
     """Each loss over the whole batch, from the summed table."""
-    row, count = table.tolist(), len(sizes)
-    return {
-        name: add_losses(graph, name, row[i * count : (i + 1) * count], sizes) for i, name in enumerate(graph.losses)
-    }
+    row, count = table.tolist(), num_microbatches
+    return {name: add_parts(row[i * count : (i + 1) * count]) for i, name in enumerate(graph.losses)}
 
 
-def add_losses(graph: LayerGraph, name: str, values: Sequence[float], sizes: Sequence[int]) -> float:
-    """One loss over the batch: its micro-batches, weighted, added in order."""
-    reduction, num_samples = graph.layers[name].reduction, sum(sizes)
+def add_parts(parts: Sequence[float]) -> float:
+    """The micro-batches' parts, added in order."""
     total = 0.0
-    for value, size in zip(values, sizes, strict=True):
-        if size:
-            total += value * loss_factor(reduction, size, num_samples)
+    for part in parts:
+        total += part
     return total

@@ -1,7 +1,7 @@
 """A batch cut into micro-batches.
 
-Decides which samples each has and what its loss counts. Every rank and the reference call the
-same functions, so all agree without talking.
+Decides which samples each has. Every rank and the reference call the same functions, so all
+agree without talking.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ def microbatch_sizes(num_samples: int, num_microbatches: int) -> tuple[int, ...]
     """
     base, extra = divmod(num_samples, num_microbatches)
     return tuple(base + (m < extra) for m in range(num_microbatches))
-
-
-def loss_factor(reduction: str, size: int, num_samples: int) -> float:
-    """What a micro-batch's loss counts in the batch's: its share of samples, or 1 for a sum."""
-    return size / num_samples if reduction == "mean" else 1.0
 
 
 def split(value: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:

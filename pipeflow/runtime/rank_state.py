@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import Verdict
-from pipeflow.runtime.microbatch import loss_factor, split
+from pipeflow.runtime.losses import loss_factors
+from pipeflow.runtime.microbatch import split
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots
 
@@ -59,7 +61,10 @@ class RankState:
         sizes: samples of each micro-batch.
         offsets: the first sample of each.
         feed: the micro-batches of each input that is read here.
-        seeds: for each loss here, the gradient of the batch's loss by each micro-batch's.
+        read_inputs: the inputs that layers here read.
+        required_inputs: those that a batch must have here: also what losses are counted by.
+        factors: for each loss here, what each micro-batch's counts in the batch's.
+        seeds: the factors times the loss's weight, as gradients to start backward with.
         losses: for each loss here, its value on each micro-batch that ran here.
         outputs: tensors to keep, by name and micro-batch.
         verdict: what all ranks do with the gradients of this step.
@@ -72,10 +77,14 @@ class RankState:
         self.stages = stages
         self.device = device
         self.num_microbatches = num_microbatches
-        self.required_inputs = frozenset(name for s in stages.values() for name, _ in s.compiled.feeds)
+        self._losses = [graph.layers[name] for s in stages.values() for name, _ in s.compiled.loss_slots]
+        counts = [loss.count for loss in self._losses if loss.count is not None]
+        self.read_inputs = frozenset(name for s in stages.values() for name, _ in s.compiled.feeds)
+        self.required_inputs = self.read_inputs.union(counts)
         self.sizes = [0] * num_microbatches
         self.offsets = [0] * num_microbatches
         self.feed: dict[str, tuple[Tensor, ...]] = {}
+        self.factors: dict[str, list[float]] = {}
         self.seeds: dict[str, list[Tensor]] = {}
         self.losses: dict[str, list[Tensor | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
@@ -101,11 +110,12 @@ class RankState:
             self.offsets[m] = offset
             offset += size
         cut = tuple(sizes)
-        for name in self.required_inputs:
+        for name in self.read_inputs:
             self.feed[name] = split(batch[name].to(self.device, non_blocking=True), cut)
-        if cut != self._seeds_sizes:
-            self._seeds_sizes = cut
-            self._make_seeds(cut, offset)
+        for loss in self._losses:
+            if loss.count is not None or cut != self._seeds_sizes:
+                self._make_seeds(loss, loss_factors(loss, cut, batch))
+        self._seeds_sizes = cut
         self.outputs = {}
         self.verdict = Verdict()
         for stage in self.stages.values():
@@ -114,10 +124,7 @@ class RankState:
             for layer in stage.replica.random_layers:
                 layer.step = step
 
-    def _make_seeds(self, sizes: tuple[int, ...], num_samples: int) -> None:
-        for stage in self.stages.values():
-            for name, _ in stage.compiled.loss_slots:
-                layer = self.graph.layers[name]
-                dtype = getattr(torch, self.graph.specs[layer.outputs[0]].dtype)
-                factors = [layer.weight * loss_factor(layer.reduction, size, num_samples) for size in sizes]
-                self.seeds[name] = [torch.tensor(f, dtype=dtype, device=self.device) for f in factors]
+    def _make_seeds(self, loss: Layer, factors: list[float]) -> None:
+        dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)
+        self.factors[loss.name] = factors
+        self.seeds[loss.name] = [torch.tensor(loss.weight * f, dtype=dtype, device=self.device) for f in factors]

@@ -19,12 +19,12 @@ from pipeflow.errors import EngineError, NonFiniteError
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
-from pipeflow.runtime.losses import add_losses
-from pipeflow.runtime.microbatch import loss_factor, microbatch_sizes, split
+from pipeflow.runtime.losses import add_parts, loss_factors
+from pipeflow.runtime.microbatch import microbatch_sizes, split
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
-from pipeflow.runtime.state import copy_into, needed_layers, required_inputs
+from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
 
 
 class Reference:
@@ -115,11 +115,13 @@ class Reference:
     ) -> tuple[StepResult, dict[str, list[Tensor]]]:
         graph = self.graph
         required = required_inputs(graph, layers)
+        read = read_inputs(graph, layers)
         num_samples = check_batch(graph.inputs, batch, required=required)
         sizes = microbatch_sizes(num_samples, self.num_microbatches)
-        feed = {name: split(batch[name].to(self._device), sizes) for name in required}
+        feed = {name: split(batch[name].to(self._device), sizes) for name in read}
         self._replica.train(train)
-        losses: dict[str, list[float]] = {name: [0.0] * len(sizes) for name in graph.losses}
+        factors = {n: loss_factors(graph.layers[n], sizes, batch) for n in graph.losses if n in layers}
+        parts: dict[str, list[float]] = {name: [] for name in graph.losses}
         kept: dict[str, list[Tensor]] = {name: [] for name in keep}
         first_sample = 0
         for m, size in enumerate(sizes):
@@ -128,19 +130,18 @@ class Reference:
             for random_layer in self._replica.random_layers:
                 random_layer.step, random_layer.first_sample = self._step, first_sample
             first_sample += size
-            values = self._forward({name: parts[m] for name, parts in feed.items()}, layers)
+            values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
             for name in keep:
                 kept[name].append(values[name].detach())
             roots = {name: values[graph.layers[name].outputs[0]] for name in graph.losses if name in layers}
-            for name, value in roots.items():
-                losses[name][m] = float(value.detach())
-            trained = {name: value for name, value in roots.items() if value.requires_grad}
+            counted = {name: value for name, value in roots.items() if factors[name][m]}
+            for name, value in counted.items():
+                parts[name].append(float(value.detach()) * factors[name][m])
+            trained = [name for name, value in counted.items() if value.requires_grad]
             if train and trained:
-                torch.autograd.backward(
-                    list(trained.values()),
-                    [self._seed(name, value, size, num_samples) for name, value in trained.items()],
-                )
-        totals = {name: add_losses(graph, name, losses[name], sizes) for name in graph.losses}
+                seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m]) for n in trained]
+                torch.autograd.backward([roots[n] for n in trained], seeds)
+        totals = {name: add_parts(values) for name, values in parts.items()}
         weights = {name: graph.layers[name].weight for name in graph.losses}
         return StepResult(num_samples, totals, weights), kept
 
@@ -151,10 +152,6 @@ class Reference:
             result = self._replica.functions[name](*arguments, **layer.kwargs)
             values.update(zip(layer.outputs, (result,) if layer.outputs == (name,) else result, strict=True))
         return values
-
-    def _seed(self, name: str, value: Tensor, size: int, num_samples: int) -> Tensor:
-        layer = self.graph.layers[name]
-        return torch.full_like(value, layer.weight * loss_factor(layer.reduction, size, num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of parameters and persistent buffers, by `<layer>.<name>`."""

@@ -31,9 +31,16 @@ def needed_layers(graph: LayerGraph, outputs: Iterable[str]) -> frozenset[str]:
     return frozenset(needed)
 
 
-def required_inputs(graph: LayerGraph, layers: Iterable[str]) -> frozenset[str]:
+def read_inputs(graph: LayerGraph, layers: Iterable[str]) -> frozenset[str]:
     """The graph inputs that the layers read."""
     return frozenset(t for layer in layers for t in graph.layers[layer].inputs if t in graph.inputs)
+
+
+def required_inputs(graph: LayerGraph, layers: Iterable[str]) -> frozenset[str]:
+    """What a batch must have to run the layers: what they read, and what losses are counted by."""
+    names = list(layers)
+    counts = (graph.layers[layer].count for layer in names)
+    return read_inputs(graph, names).union(count for count in counts if count is not None)
 
 
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], all_names: Iterable[str]) -> None:

@@ -60,8 +60,10 @@ def _check_devices(partition: Partition, problem: PartitionProblem) -> None:
     used = Counter(device for stage in partition.stages for device in stage.devices)
     outside = [d for d in used if d >= problem.cluster.num_devices]
     _require(not outside, f"devices {outside} do not exist; the cluster has {problem.cluster.num_devices}")
-    shared = sorted(d for d, times in used.items() if times > 1)
-    _require(not shared, f"devices {shared} hold more than one stage")
+    shared = sorted(d for d, times in used.items() if times > problem.chunks)
+    _require(not shared, f"devices {shared} hold more than {problem.chunks} stages")
+    if problem.chunks > 1:
+        _check_turns(partition, problem)
     counts = tuple(stage.num_replicas for stage in partition.stages)
     if problem.stage_count is not None:
         _require(len(counts) == problem.stage_count, f"{len(counts)} stages, not the {problem.stage_count} asked for")
@@ -77,6 +79,16 @@ def _check_devices(partition: Partition, problem: PartitionProblem) -> None:
             stage.num_replicas == 1 or not stuck,
             f"stage {index} has {stage.num_replicas} replicas, but layers {stuck} cannot be replicated",
         )
+
+
+def _check_turns(partition: Partition, problem: PartitionProblem) -> None:
+    """Stages go round the devices in order, at most `chunks` times; replicated stages take a turn each."""
+    turn, last = 0, -1
+    for index, stage in enumerate(partition.stages):
+        if min(stage.devices) <= last:
+            turn += 1
+        last = max(stage.devices)
+        _require(turn < problem.chunks, f"stage {index} would begin round {turn + 1} of {problem.chunks}")
 
 
 def _check_memory(partition: Partition, problem: PartitionProblem) -> None:

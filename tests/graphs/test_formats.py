@@ -1,0 +1,160 @@
+"""Readers of published formats: on hand-written files, and on the published data where it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeflow.errors import FormatError
+from pipeflow.graphs.costs import GraphCosts, LayerCosts
+from pipeflow.graphs.formats import FORMATS
+from pipeflow.graphs.formats.dnn_partitioning import BANDWIDTH
+
+DATA = Path(__file__).parents[2] / "../shared/data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published workloads are no part of pipeflow")
+
+
+def workload(**changes: Any) -> dict[str, Any]:
+    def node(index: int, colour: int | None, backward: bool) -> dict[str, Any]:
+        result = {
+            "id": index,
+            "supportedOnFpga": index != 3,
+            "cpuLatency": 9.0,
+            "fpgaLatency": 1.5,
+            "isBackwardNode": backward,
+            "size": 1000.0,
+        }
+        return result if colour is None else {**result, "colorClass": colour}
+
+    data = {
+        "maxSizePerFPGA": 1e9,
+        "maxFPGAs": 3,
+        "maxCPUs": 1,
+        "nodes": [node(4, None, False), node(0, 7, False), node(1, 8, False), node(2, 8, True), node(3, 7, True)],
+        "edges": [
+            {"sourceId": 0, "destId": 1, "cost": 0.25},
+            {"sourceId": 1, "destId": 2, "cost": 0.5},
+            {"sourceId": 2, "destId": 3, "cost": 0.25},
+            {"sourceId": 0, "destId": 3, "cost": 0.25},
+        ],
+    }
+    return {**data, **changes}
+
+
+def written(tmp_path: Path, data: object) -> Path:
+    path = tmp_path / "small.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def test_dnn_partitioning(tmp_path: Path) -> None:
+    profile = FORMATS["dnn-partitioning"](written(tmp_path, workload()))
+    costs = profile.costs
+    assert [c.name for c in costs.layers] == ["4", "0", "1", "2", "3"]
+    assert costs.layer_by_name["3"].inputs == ("0", "2")
+    assert costs.layer_by_name["1"].forward_seconds == pytest.approx(1.5e-3)
+    assert costs.tensor_by_name["1"].bytes / BANDWIDTH == pytest.approx(0.5e-3, abs=1e-15)
+    assert set(costs.colocated) == {("0", "3"), ("1", "2")}
+    assert profile.unordered == ("2", "3")
+    assert profile.unsupported == ("3",)
+    assert (profile.num_devices, profile.memory_bytes) == (3, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("data", "story"),
+    [
+        ("not json", "not a dnn-partitioning workload"),
+        ({"nodes": []}, "no key"),
+        (workload(edges=[{"sourceId": 0, "destId": 99, "cost": 1}]), "0 -> 99"),
+        (
+            workload(edges=[{"sourceId": 0, "destId": 1, "cost": 1}, {"sourceId": 1, "destId": 0, "cost": 1}]),
+            "in a cycle",
+        ),
+    ],
+)
+def test_dnn_partitioning_refuses(tmp_path: Path, data: object, story: str) -> None:
+    with pytest.raises(FormatError, match=story):
+        FORMATS["dnn-partitioning"](written(tmp_path, data))
+
+
+PIPEDREAM = """\
+node1 -- Input -- forward_compute_time=9.0, backward_compute_time=0.0, activation_size=64.0, parameter_size=0.0
+node3 -- LSTM(4, 4) -- forward_compute_time=2.0, backward_compute_time=3.0, activation_size=[8.0; 2.0], parameter_size=7.0
+node2 -- Conv2d(3, 64, kernel_size=(3, 3)) -- forward_compute_time=1.0, backward_compute_time=1.0, activation_size=4.0, parameter_size=5.0
+\tnode1 -- node2
+\tnode2 -- node3
+"""
+
+
+def test_pipedream(tmp_path: Path) -> None:
+    profile = FORMATS["pipedream"](written(tmp_path, PIPEDREAM))
+    costs = profile.costs
+    assert [t.name for t in costs.inputs] == ["node1"]
+    assert [(c.name, c.kind, c.inputs) for c in costs.layers] == [
+        ("node2", "Conv2d", ("node1",)),
+        ("node3", "LSTM", ("node2",)),
+    ]
+    assert costs.layer_by_name["node3"].seconds == pytest.approx(5e-3)
+    assert costs.tensor_by_name["node3"].bytes == 10
+    assert costs.layer_by_name["node2"].parameter_bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "story"),
+    [
+        ("", "no nodes"),
+        ("nonsense\n", r"small.json:1: 'nonsense' is neither"),
+        (PIPEDREAM + "\tnode2 -- node8\n", "node8"),
+        (PIPEDREAM.replace("parameter_size=7.0", ""), ":2:"),
+        (PIPEDREAM + "\tnode3 -- node2\n", "in a cycle"),
+    ],
+)
+def test_pipedream_refuses(tmp_path: Path, text: str, story: str) -> None:
+    with pytest.raises(FormatError, match=story):
+        FORMATS["pipedream"](written(tmp_path, text))
+
+
+def piper(alternative: str = "vanilla") -> dict[str, Any]:
+    values = {"timePerSample": 0.5, "parameterSize": 100.0, "memoryUsageA": 30.0, "memoryUsageB": 400.0}
+    return {
+        "maxDevices": 4,
+        "maxMemoryPerDevice": 1e9,
+        "bandwidth": 1e6,
+        "mbsInBatch": 16,
+        "nodes": [{"id": n, "name": "Block", "TMPCs": {"1": [{"id": alternative, **values}]}} for n in range(2)],
+        "edges": [{"sourceId": 0, "destId": 1, "communicationCost": 64.0}],
+    }
+
+
+def test_piper(tmp_path: Path) -> None:
+    profile = FORMATS["piper"](written(tmp_path, piper()))
+    assert profile.costs.layer_by_name["1"].inputs == ("0",)
+    assert profile.costs.layer_by_name["0"].saved_bytes == 30
+    assert profile.costs.tensor_by_name["0"].bytes == 64
+    assert (profile.state_ratio, profile.num_devices, profile.num_microbatches) == (3.0, 4, 16)
+    with pytest.raises(FormatError, match="vanilla"):
+        FORMATS["piper"](written(tmp_path, piper("recompute")))
+    with pytest.raises(FormatError, match="no key 'nodes'"):
+        FORMATS["piper"](written(tmp_path, {}))
+
+
+def test_own_format(tmp_path: Path) -> None:
+    costs = GraphCosts(layers=(LayerCosts(name="a"),))
+    assert FORMATS["pipeflow"](written(tmp_path, costs.model_dump_json())).costs == costs
+    with pytest.raises(FormatError, match="layers"):
+        FORMATS["pipeflow"](written(tmp_path, "{}"))
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("format", "pattern"),
+    [("dnn-partitioning", "dnn-partitioning/*/*.json"), ("pipedream", "pipedream/*.txt"), ("piper", "piper/*.json")],
+)
+def test_published_files_can_be_read(format: str, pattern: str) -> None:
+    paths = [p for p in sorted(DATA.glob(pattern)) if p.name != "LICENSE.txt"]
+    assert paths
+    for path in paths:
+        assert FORMATS[format](path).costs.layers
