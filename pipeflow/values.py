@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeflow.errors import PipeflowError
 
 Count = Annotated[int, Field(ge=1)]
 """A number of things there is at least one of."""
@@ -26,6 +28,17 @@ class Value(BaseModel):
     """A frozen record. Unknown keys are refused; equality and hash are by content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    def __init__(self, **data: Any) -> None:
+        """Raises what a rule of the value raises itself, rather than pydantic's wrapping of it."""
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            for detail in error.errors():
+                cause = detail.get("ctx", {}).get("error")
+                if isinstance(cause, PipeflowError):
+                    raise cause from None
+            raise
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some fields changed. What was derived from the old ones is not kept."""
