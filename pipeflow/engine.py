@@ -25,7 +25,7 @@ from pipeflow.flows import flows
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.lowering import lower
-from pipeflow.program import Mode, Program, Send, rank_of
+from pipeflow.program import Mode, Reduce, Send, Step, rank_of
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
@@ -46,6 +46,7 @@ from pipeflow.runtime.workers import Workers
 from pipeflow.verifier import verify
 
 TransportKind = Literal["auto", "threads", "distributed"]
+Work = Literal["step", "accumulate", "infer"]
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -107,6 +108,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._flows = flows(plan.costs, [stage.layers for stage in plan.stages])
         self._measure = measure
         self._step = 0
+        self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
         self._failed: str | None = None
         self._has_optimizer = optimizer is not None
         self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
@@ -121,7 +123,7 @@ class Engine(AbstractContextManager["Engine"]):
             ranks = (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
         self._replicas = {rank: self._build_rank(rank, optimizer, lr_scheduler, groups, seed) for rank in ranks}
-        self._executors: dict[tuple[Mode, tuple[str, ...] | None], dict[int, Executor]] = {}
+        self._executors: dict[tuple[Work, tuple[str, ...] | None], dict[int, Executor]] = {}
         self._recorder = Recorder(plan)
         if self._remote is not None:
             self._agree_on_weights(self._remote)
@@ -177,19 +179,17 @@ class Engine(AbstractContextManager["Engine"]):
                 for tensor in self._replicas[remote.rank][index].tensors().values():
                     remote.broadcast_in_stage(tensor, index)
 
-    def _executor(self, mode: Mode, outputs: tuple[str, ...] | None) -> dict[int, Executor]:
+    def _executor(self, work: Work, outputs: tuple[str, ...] | None) -> dict[int, Executor]:
         """The bound programs of the local ranks; for predictions, cut down to what they need."""
-        key = (mode, outputs)
+        key = (work, outputs)
         if key not in self._executors:
             layers = frozenset(self.graph.layers) if outputs is None else needed_layers(self.graph, outputs)
-            program = self._programs[mode]
-            self._executors[key] = {
-                rank: self._bind(program, rank, layers, outputs or ()) for rank in self._workers.ranks
-            }
+            self._executors[key] = {rank: self._bind(work, rank, layers, outputs or ()) for rank in self._workers.ranks}
         return self._executors[key]
 
-    def _bind(self, program: Program, rank: int, layers: frozenset[str], outputs: tuple[str, ...]) -> Executor:
-        train = program.mode is Mode.TRAIN
+    def _bind(self, work: Work, rank: int, layers: frozenset[str], outputs: tuple[str, ...]) -> Executor:
+        train = work != "infer"
+        program = self._programs[Mode.TRAIN if train else Mode.INFER]
         stages = {
             index: StageState(
                 compile_stage(
@@ -217,23 +217,43 @@ class Engine(AbstractContextManager["Engine"]):
             train=train,
         )
         actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
+        if work == "accumulate":
+            actions = tuple(action for action in actions if not isinstance(action, Reduce | Step))
         owned = {
             name: parameter
             for index, replica in self._replicas[rank].items()
             if self.plan.stages[index].devices[0] == rank
             for name, parameter in replica.parameters.items()
         }
-        policy = self._policy if train else None
-        return Executor(actions, binder, policy=policy, owned=owned, measure=self._measure and train)
+        policy = self._policy if work == "step" else None
+        return Executor(actions, binder, policy=policy, owned=owned, measure=self._measure and work == "step")
 
     # --- running --------------------------------------------------------------------------
 
-    def step(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+        """Adds a batch's gradients to those of the next `step`: forward and backward alone.
+
+        Gradients are summed over replicas once, in that step. Arguments, result and errors as
+        `step`; for the mean over K batches, give each call and the step a share of 1 / K.
+        """
+        self._check_trainable(share)
+        result = self._run("accumulate", batch, None, share=share)
+        self._calls += 1
+        return result
+
+    def _check_trainable(self, share: float) -> None:
+        if not self._has_optimizer:
+            raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
+        if not 0 < share < float("inf"):
+            raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
+
+    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
         """Trains on one batch: forward, backward, one optimizer step.
 
         Args:
             batch: a tensor for every input that this process's stages read (in one process: for
                 every input), the batch dimension first; any number of samples from 1.
+            share: what its gradients count beside those of `accumulate`d batches.
 
         Returns:
             The losses, the same on every rank.
@@ -244,14 +264,14 @@ class Engine(AbstractContextManager["Engine"]):
             NonFiniteError: something was not finite and `nonfinite="raise"`; the engine goes on.
             EngineError: no optimizer was given, or the engine has failed or is closed.
         """
-        if not self._has_optimizer:
-            raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
+        self._check_trainable(share)
         start = time.perf_counter()
-        result = self._run(Mode.TRAIN, batch, None)
+        result = self._run("step", batch, None, share=share)
         if self._measure:
-            spans = {rank: executor.spans for rank, executor in self._executor(Mode.TRAIN, None).items()}
+            spans = {rank: executor.spans for rank, executor in self._executor("step", None).items()}
             self._recorder.record(spans, time.perf_counter() - start)
         self._step += 1
+        self._calls += 1
         return result
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -259,7 +279,7 @@ class Engine(AbstractContextManager["Engine"]):
 
         Arguments and errors as `step`.
         """
-        return self._run(Mode.INFER, batch, None)
+        return self._run("infer", batch, None)
 
     def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Output tensors for a batch, on every rank, with the layers in evaluation mode.
@@ -273,8 +293,8 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = tuple(self.graph.outputs if outputs is None else outputs)
         layers = needed_layers(self.graph, names)
-        result = self._run(Mode.INFER, batch, names)
-        executors = self._executor(Mode.INFER, names)
+        result = self._run("infer", batch, names)
+        executors = self._executor("infer", names)
         sizes = microbatch_sizes(result.num_samples, self.plan.num_microbatches)
         producer = {t: n for n in layers for t in self.graph.layers[n].outputs}
         gathered = {}
@@ -292,20 +312,22 @@ class Engine(AbstractContextManager["Engine"]):
             gathered[name] = torch.cat([part.to(parts[0].device) for part in parts])
         return gathered
 
-    def _run(self, mode: Mode, batch: Mapping[str, Tensor], outputs: tuple[str, ...] | None) -> StepResult:
+    def _run(
+        self, work: Work, batch: Mapping[str, Tensor], outputs: tuple[str, ...] | None, *, share: float = 1.0
+    ) -> StepResult:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
-        executors = self._executor(mode, outputs)
+        executors = self._executor(work, outputs)
         num_samples = self._check_batch(batch, executors)
         sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
-        train = mode is Mode.TRAIN
+        train = work != "infer"
 
         def task(rank: int) -> None:
             for replica in self._replicas[rank].values():
                 replica.train(train)
             try:
                 with torch.set_grad_enabled(train):
-                    executors[rank].run(batch, sizes, self._step)
+                    executors[rank].run(batch, sizes, step=self._step, share=share, draw=self._calls)
             except NonFiniteError:
                 raise  # every rank raises it by itself
             except BaseException as error:
@@ -401,10 +423,10 @@ class Engine(AbstractContextManager["Engine"]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, optimizer and scheduler state and the step count to a folder.
 
-        Any plan for the same graph can load it. Collective under `torchrun`: every rank calls it,
-        with a path that all reach.
+        Any plan for the same graph can load it. Gradients that wait for a step are not in it.
+        Collective under `torchrun`: every rank calls it, with a path that all reach.
         """
-        checkpoint.save(path, self.graph, self._owned(), step=self._step)
+        checkpoint.save(path, self.graph, self._owned(), step=self._step, calls=self._calls)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote, under this or any other plan.
@@ -412,7 +434,9 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             CheckpointError: files are missing or altered, or the checkpoint is another model's.
         """
-        self._step = checkpoint.load(path, self.graph, [r for reps in self._replicas.values() for r in reps.values()])
+        self._step, self._calls = checkpoint.load(
+            path, self.graph, [r for reps in self._replicas.values() for r in reps.values()]
+        )
 
     def _owned(self) -> list[StageReplica]:
         """The stages whose first replica is here: those that this process saves."""

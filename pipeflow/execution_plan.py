@@ -106,7 +106,7 @@ class Plan(Value):
             PlanError: the file is not a plan; the message names the key.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise PlanError(f"{os.fspath(path)} is not a plan: {error}") from error
 

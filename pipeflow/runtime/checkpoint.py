@@ -39,13 +39,16 @@ _MANIFEST = "pipeflow.json"
 _FORMAT = "pipeflow-checkpoint-1"
 
 
-def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], *, step: int) -> None:
+def save(
+    path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], *, step: int, calls: int
+) -> None:
     """Writes a checkpoint. Collective where a process group is up.
 
     Args:
         path: a folder, new or empty, that all ranks reach.
         replicas: the stages that this process saves; over all processes, each stage once.
         step: steps taken.
+        calls: training calls taken, which random layers are keyed by.
 
     Raises:
         CheckpointError: the folder holds something already.
@@ -80,6 +83,7 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
             "format": _FORMAT,
             "graph": graph.digest,
             "step": step,
+            "calls": calls,
             "tensors": {k: v for part in parts for k, v in part["tensors"].items()},
             "hyper": {k: v for part in parts for k, v in part["hyper"].items()},
             "scheduler": next((s for part in parts for s in part["schedulers"]), None),
@@ -89,7 +93,7 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
     gather_texts("")  # nobody returns before the manifest is there
 
 
-def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> int:
+def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> tuple[int, int]:
     """Reads a checkpoint into stages, whatever plan it was written under.
 
     Args:
@@ -97,7 +101,7 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
         replicas: all stages that this process holds.
 
     Returns:
-        The steps taken when it was written.
+        The steps and training calls taken when it was written.
 
     Raises:
         CheckpointError: the folder is no checkpoint, a file is missing or altered, or the
@@ -131,7 +135,7 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
             groups = replica.optimizer.param_groups if replica.optimizer is not None else []
             replica.scheduler.base_lrs = [group["initial_lr"] for group in groups]
             replica.scheduler._last_lr = [group["lr"] for group in groups]
-    return int(manifest["step"])
+    return int(manifest["step"]), int(manifest["calls"])
 
 
 @contextmanager

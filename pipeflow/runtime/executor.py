@@ -121,8 +121,16 @@ class Executor:
         for stage in self.state.stages.values():
             apply(self._policy, self.state.verdict, stage.replica.parameters.values())
 
-    def run(self, batch: Mapping[str, Tensor], sizes: Sequence[int], step: int) -> None:
+    def run(
+        self, batch: Mapping[str, Tensor], sizes: Sequence[int], *, step: int, share: float = 1.0, draw: int = 0
+    ) -> None:
         """Runs the program on one batch, which `check_batch` has passed.
+
+        Args:
+            sizes: samples of each micro-batch.
+            step: optimizer steps taken before.
+            share: what the batch's gradients count among those of several batches.
+            draw: which call this is, for random layers.
 
         Raises:
             LayerFailure: an action of this rank raised; the original is its cause.
@@ -133,7 +141,7 @@ class Executor:
         self.spans = []
         position = -1
         try:
-            self.state.begin(batch, sizes, step)
+            self.state.begin(batch, sizes, share=share, draw=draw)
             self.transport.begin(self._receives, sizes)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()

@@ -89,7 +89,7 @@ class RankState:
         self.losses: dict[str, list[Tensor | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
         self.verdict = Verdict()
-        self._seeds_sizes: tuple[int, ...] = ()
+        self._seeds_key: tuple[tuple[int, ...], float] = ((), 0.0)
         self.clear()
 
     def clear(self) -> None:
@@ -102,8 +102,13 @@ class RankState:
             stage.live = [None] * self.num_microbatches
             stage.finish_reduce = None
 
-    def begin(self, batch: Mapping[str, Tensor], sizes: Sequence[int], step: int) -> None:
-        """Takes a batch that `check_batch` has passed, cut into `sizes`."""
+    def begin(self, batch: Mapping[str, Tensor], sizes: Sequence[int], *, share: float, draw: int) -> None:
+        """Takes a batch that `check_batch` has passed, cut into `sizes`.
+
+        Args:
+            share: what its gradients count among those of several batches.
+            draw: which call this is, for random layers.
+        """
         offset = 0
         for m, size in enumerate(sizes):
             self.sizes[m] = size
@@ -113,18 +118,20 @@ class RankState:
         for name in self.read_inputs:
             self.feed[name] = split(batch[name].to(self.device, non_blocking=True), cut)
         for loss in self._losses:
-            if loss.count is not None or cut != self._seeds_sizes:
-                self._make_seeds(loss, loss_factors(loss, cut, batch))
-        self._seeds_sizes = cut
+            if loss.count is not None or (cut, share) != self._seeds_key:
+                self._make_seeds(loss, loss_factors(loss, cut, batch), share)
+        self._seeds_key = (cut, share)
         self.outputs = {}
         self.verdict = Verdict()
         for stage in self.stages.values():
             for name, _ in stage.compiled.loss_slots:
                 self.losses[name] = [None] * self.num_microbatches
             for layer in stage.replica.random_layers:
-                layer.step = step
+                layer.step = draw
 
-    def _make_seeds(self, loss: Layer, factors: list[float]) -> None:
+    def _make_seeds(self, loss: Layer, factors: list[float], share: float) -> None:
         dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)
         self.factors[loss.name] = factors
-        self.seeds[loss.name] = [torch.tensor(loss.weight * f, dtype=dtype, device=self.device) for f in factors]
+        self.seeds[loss.name] = [
+            torch.tensor(loss.weight * f * share, dtype=dtype, device=self.device) for f in factors
+        ]

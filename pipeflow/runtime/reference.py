@@ -68,6 +68,7 @@ class Reference:
             self._replica.make_optimizer(optimizer, lr_scheduler, groups)
         self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
         self._step = 0
+        self._calls = 0
         readers: dict[str, int] = {}
         for layer in graph.layers.values():
             if layer.has_backward:
@@ -75,11 +76,17 @@ class Reference:
                     readers[tensor] = readers.get(tensor, 0) + 1
         self._viewed = {t for t, n in readers.items() if n > 1 and t in graph.differentiable}
 
-    def step(self, batch: Mapping[str, Tensor]) -> StepResult:
-        """Trains on one batch. Errors as `pipeflow.Engine.step`."""
+    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+        """Adds a batch's gradients to those of the next step. As `pipeflow.Engine.accumulate`."""
+        result = self._run(batch, tuple(self.graph.layers), train=True, share=share)[0]
+        self._calls += 1
+        return result
+
+    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+        """Trains on one batch. Arguments and errors as `pipeflow.Engine.step`."""
         if not self._has_optimizer:
             raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
-        result = self._run(batch, tuple(self.graph.layers), train=True)[0]
+        result = self.accumulate(batch, share=share)
         verdict = Verdict()
         if self._policy.needs_norms:
             names = tuple(self.graph.parameters)
@@ -111,7 +118,13 @@ class Reference:
         return {name: torch.cat(parts) for name, parts in kept.items()}
 
     def _run(
-        self, batch: Mapping[str, Tensor], layers: tuple[str, ...], *, train: bool, keep: tuple[str, ...] = ()
+        self,
+        batch: Mapping[str, Tensor],
+        layers: tuple[str, ...],
+        *,
+        train: bool,
+        keep: tuple[str, ...] = (),
+        share: float = 1.0,
     ) -> tuple[StepResult, dict[str, list[Tensor]]]:
         graph = self.graph
         required = required_inputs(graph, layers)
@@ -128,7 +141,7 @@ class Reference:
             if not size:
                 continue
             for random_layer in self._replica.random_layers:
-                random_layer.step, random_layer.first_sample = self._step, first_sample
+                random_layer.step, random_layer.first_sample = self._calls, first_sample
             first_sample += size
             values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
             for name in keep:
@@ -139,7 +152,7 @@ class Reference:
                 parts[name].append(float(value.detach()) * factors[name][m])
             trained = [name for name, value in counted.items() if value.requires_grad]
             if train and trained:
-                seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m]) for n in trained]
+                seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m] * share) for n in trained]
                 torch.autograd.backward([roots[n] for n in trained], seeds)
         totals = {name: add_parts(values) for name, values in parts.items()}
         weights = {name: graph.layers[name].weight for name in graph.losses}

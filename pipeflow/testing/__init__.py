@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeflow.testing.costs import clusters, costs, problems
     from pipeflow.testing.graphs import batches, layer_graphs
     from pipeflow.testing.layout import check_layout_invariance
+    from pipeflow.testing.partitioners import check_partitioner
     from pipeflow.testing.partitions import check_partition
     from pipeflow.testing.plans import check_program, plans
     from pipeflow.testing.processes import RankResult, run_ranks
@@ -24,6 +25,7 @@ _HOME = {
     "batches": "graphs",
     "check_layout_invariance": "layout",
     "check_partition": "partitions",
+    "check_partitioner": "partitioners",
     "check_program": "plans",
     "clusters": "costs",
     "costs": "costs",
@@ -39,6 +41,7 @@ __all__ = [
     "batches",
     "check_layout_invariance",
     "check_partition",
+    "check_partitioner",
     "check_program",
     "clusters",
     "costs",

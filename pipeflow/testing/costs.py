@@ -161,5 +161,6 @@ def problems(
         max_replicas=max_replicas,
         optimizer_ratio=draw(st.sampled_from([0.0, 1.0, 2.0])),
         overlap=draw(st.booleans()),
+        reduce_every=draw(st.sampled_from(["iteration", "iteration", "microbatch"])),
         fan_out=draw(st.sampled_from(["stage", "tensor"])),
     )
