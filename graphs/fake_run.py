@@ -40,6 +40,8 @@ class Run:
     gives_tuple: bool
     is_random: bool
     mutated: frozenset[str]
+    strided_outputs: frozenset[int]
+    strided_gradients: frozenset[int]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not annotated
@@ -113,7 +115,34 @@ def run(
         if n not in buffers or b is not buffers[n] or b._version != before[n] or id(b) in updated
     )
     outputs = _outputs(name, source, result)
-    return Run(outputs, isinstance(result, tuple | list), watch.is_random, mutated)
+    return Run(
+        outputs=outputs,
+        gives_tuple=isinstance(result, tuple | list),
+        is_random=watch.is_random,
+        mutated=mutated,
+        strided_outputs=frozenset(i for i, t in enumerate(outputs) if not t.is_contiguous()),
+        strided_gradients=_strided_gradients(mode, tensors, outputs),
+    )
+
+
+def _strided_gradients(
+    mode: FakeTensorMode, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> frozenset[int]:
+    """The inputs whose gradients are not contiguous though those of the outputs are.
+
+    All that could have one, where backward does not run without data.
+    """
+    learned = [i for i, t in enumerate(inputs) if t.requires_grad]
+    roots = [t for t in outputs if t.requires_grad]
+    if not learned or not roots:
+        return frozenset()
+    try:
+        with mode:
+            ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in roots]
+            gradients = torch.autograd.grad(roots, [inputs[i] for i in learned], ones, allow_unused=True)
+    except Exception:  # whatever a backward may need that is not here
+        return frozenset(learned)
+    return frozenset(i for i, g in zip(learned, gradients, strict=True) if g is not None and not g.is_contiguous())
 
 
 def _fake(spec: TensorSpec, samples: int, device: torch.device | None) -> torch.Tensor:

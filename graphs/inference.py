@@ -38,6 +38,8 @@ class Inferred:
         gives_tuple: whether the callable returns a tuple, of one tensor even.
         is_random: whether random numbers are drawn.
         mutated_buffers: names of buffers that the forward changes.
+        strided_outputs: positions of outputs that are not contiguous.
+        strided_gradients: positions of inputs whose gradients are not contiguous.
         parameters: spec of each parameter by its name in the module; each of a tie.
         buffers: the same for buffers.
         persistent: names of the buffers that belong to the state dict.
@@ -48,6 +50,8 @@ class Inferred:
     gives_tuple: bool
     is_random: bool
     mutated_buffers: tuple[str, ...]
+    strided_outputs: frozenset[int]
+    strided_gradients: frozenset[int]
     parameters: Mapping[str, TensorSpec]
     buffers: Mapping[str, TensorSpec]
     persistent: frozenset[str]
@@ -162,6 +166,8 @@ def _infer(
         gives_tuple=first.gives_tuple,
         is_random=first.is_random or second.is_random,
         mutated_buffers=tuple(n for n in buffers if n in first.mutated | second.mutated),
+        strided_outputs=first.strided_outputs | second.strided_outputs,
+        strided_gradients=first.strided_gradients | second.strided_gradients,
         parameters={n: spec_of(p) for n, p in parameters.items()},
         buffers={n: spec_of(b) for n, b in buffers.items()},
         persistent=frozenset(buffers) & frozenset(module.state_dict(keep_vars=True)),

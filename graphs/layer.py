@@ -71,6 +71,8 @@ class Layer:
             every sample alike.
         is_random: whether a training forward draws random numbers.
         mutated_buffers: names of the buffers that a training forward changes.
+        strided_outputs: positions of outputs that it gives as views which are not contiguous.
+        strided_gradients: positions of inputs whose gradients it gives as such.
         has_backward: whether training's backward passes through it.
     """
 
@@ -86,6 +88,8 @@ class Layer:
     count: str | None = None
     is_random: bool = False
     mutated_buffers: tuple[str, ...] = ()
+    strided_outputs: frozenset[int] = frozenset()
+    strided_gradients: frozenset[int] = frozenset()
     has_backward: bool = False
 
 

@@ -204,6 +204,8 @@ class LayerGraph:
             count=count,
             is_random=facts.is_random,
             mutated_buffers=facts.mutated_buffers,
+            strided_outputs=facts.strided_outputs,
+            strided_gradients=facts.strided_gradients,
         )
         self._specs.update(zip(outputs, facts.outputs, strict=True))
         return outputs, facts.gives_tuple

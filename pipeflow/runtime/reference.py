@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeflow.errors import EngineError, NonFiniteError
 from pipeflow.graphs.batch import check_batch
+from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.losses import add_parts, loss_factors
@@ -25,13 +26,15 @@ from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
+from pipeflow.runtime.strides import packed, straight
 
 
 class Reference:
     """One device that trains a layer graph; same methods as `pipeflow.Engine`.
 
     A tensor with several reading layers is read through one view per layer, so that the order
-    in which their gradients add up is the same as in a pipeline (see `pipeflow.flows`).
+    in which their gradients add up is the same as in a pipeline (see `pipeflow.flows`), and what
+    passes between layers is contiguous (see `pipeflow.runtime.strides`).
 
     Args:
         graph: the layer graph; its modules are copied, never changed.
@@ -161,10 +164,17 @@ class Reference:
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
         for name in layers:
             layer = self.graph.layers[name]
-            arguments = [values[t].view_as(values[t]) if t in self._viewed else values[t] for t in layer.inputs]
+            arguments = [self._read(layer, i, values[tensor]) for i, tensor in enumerate(layer.inputs)]
             result = self._replica.functions[name](*arguments, **layer.kwargs)
-            values.update(zip(layer.outputs, (result,) if layer.outputs == (name,) else result, strict=True))
+            outputs = (result,) if layer.outputs == (name,) else result
+            for i, (tensor, value) in enumerate(zip(layer.outputs, outputs, strict=True)):
+                values[tensor] = packed(value) if i in layer.strided_outputs else value
         return values
+
+    def _read(self, layer: Layer, position: int, value: Tensor) -> Tensor:
+        if position in layer.strided_gradients:
+            return straight(value)
+        return value.view_as(value) if layer.inputs[position] in self._viewed else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of parameters and persistent buffers, by `<layer>.<name>`."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from pipeflow.flows import Flow
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.strides import packed, straight
 
 Slots = list[Any]
 Call = Callable[[Slots], None]
@@ -133,9 +134,7 @@ def compile_stage(
             _read(compiled, graph, stage, name, t, flow_by_tensor, read_slots, train=train) for t in layer.inputs
         )
         outputs = tuple(compiled.new_slot() for _ in layer.outputs)
-        compiled.calls.append(
-            _call(function_by_layer[name], reads, outputs, dict(layer.kwargs), unpack=layer.outputs != (name,))
-        )
+        compiled.calls.append(_call(layer, function_by_layer[name], reads, outputs))
         compiled.layers.append(layer)
         compiled.output_slot_by_call.append(outputs[0])
         for tensor, slot in zip(layer.outputs, outputs, strict=True):
@@ -216,33 +215,36 @@ def _fan_call(source: int, targets: tuple[int, ...]) -> Call:
 
 
 def _call(
-    function: Callable[..., Any],
-    reads: tuple[tuple[int, bool], ...],
-    outputs: tuple[int, ...],
-    kwargs: dict[str, Any],
-    *,
-    unpack: bool,
+    layer: Layer, function: Callable[..., Any], reads: tuple[tuple[int, bool], ...], outputs: tuple[int, ...]
 ) -> Call:
     """The call of one layer. The common shapes have closures of their own: they are the hot path."""
     sources = tuple(slot for slot, _ in reads)
-    viewed = any(view for _, view in reads)
-    target = outputs[0]
+    target, kwargs = outputs[0], dict(layer.kwargs)
+    passes = [
+        straight if i in layer.strided_gradients else _view if view else None for i, (_, view) in enumerate(reads)
+    ]
+    plain = not any(passes)
 
     def arguments(slots: Slots) -> list[Any]:
-        if not viewed:
+        if plain:
             return [slots[i] for i in sources]
-        return [slots[i].view_as(slots[i]) if view else slots[i] for i, view in reads]
+        return [slots[i] if through is None else through(slots[i]) for i, through in zip(sources, passes, strict=True)]
 
-    if unpack:
+    if layer.outputs != (layer.name,):
 
         def call(slots: Slots) -> None:
             values = function(*arguments(slots), **kwargs)
             if len(values) != len(outputs):
                 raise ValueError(f"returned {len(values)} tensors, but {len(outputs)} while the graph was described")
-            for i, value in zip(outputs, values, strict=True):
-                slots[i] = value
+            for i, value in enumerate(values):
+                slots[outputs[i]] = packed(value) if i in layer.strided_outputs else value
 
-    elif len(sources) == 1 and not viewed and not kwargs:
+    elif layer.strided_outputs:
+
+        def call(slots: Slots) -> None:
+            slots[target] = packed(function(*arguments(slots), **kwargs))
+
+    elif len(sources) == 1 and plain and not kwargs:
         source = sources[0]
 
         def call(slots: Slots) -> None:
@@ -254,3 +256,7 @@ def _call(
             slots[target] = function(*arguments(slots), **kwargs)
 
     return call
+
+
+def _view(value: Tensor) -> Tensor:
+    return value.view_as(value)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pipeflow as pf
 from pipeflow.errors import GraphError, PlanError
 from pipeflow.testing import check_layout_invariance, run_ranks, unit_costs
-from pipeflow.testing.graphs import sample_batch
+from pipeflow.testing.graphs import concatenate, sample_batch
 from tests.runtime.models import make_plan
 
 WIDTH = 6
@@ -158,6 +158,14 @@ def nobody_reads_an_output() -> pf.LayerGraph:
     return finish(graph, graph.add("second", linear(), h))
 
 
+def gradient_is_a_view() -> pf.LayerGraph:
+    """What `cat` gives back is a part of a larger tensor; over it, kernels add in another order."""
+    graph, h = start("cat")
+    other = graph.input("x0", ("B", 5), dtype="float64")
+    joined = graph.add("join", concatenate, other, graph.add("mlp", linear(), h))
+    return finish(graph, graph.add("narrow", pf.lazy(nn.Linear, WIDTH + 5, WIDTH, dtype=torch.float64), joined))
+
+
 CASES: list[Callable[[], pf.LayerGraph]] = [
     constant_crosses_a_boundary,
     parameter_alias,
@@ -171,6 +179,7 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     input_and_loss_on_every_stage,
     parallel_branches,
     nobody_reads_an_output,
+    gradient_is_a_view,
 ]
 SIZES = [(10,), (8, 4, 12), (3, 1)]
 
@@ -238,3 +247,35 @@ def test_running_statistics_are_not_replicated() -> None:
         make_plan(graph, [(names[:1], (0,)), (names[1:2], (1,)), (names[2:], (0,))]),
         [sample_batch(graph, n) for n in (8, 12)],
     )
+
+
+def test_what_passes_between_layers_is_contiguous() -> None:
+    """The view of a gradient used to reach the layer before the cut as it was, and its copy after."""
+    seen: list[bool] = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            seen.append(gradient.is_contiguous())
+            return gradient
+
+    def spy(x: Tensor) -> Tensor:
+        result: Tensor = Spy.apply(x)  # type: ignore[no-untyped-call]
+        return result
+
+    graph, h = start("spied")
+    joined = graph.add("join", concatenate, graph.input("x0", ("B", 5), dtype="float64"), graph.add("spy", spy, h))
+    turned = graph.add("turned", torch.transpose, graph.add("wide", nn.Unflatten(1, (1, -1)), joined), dim0=1, dim1=2)
+    flat = graph.add("flat", nn.Flatten(), turned)
+    graph = finish(graph, graph.add("narrow", pf.lazy(nn.Linear, WIDTH + 5, WIDTH, dtype=torch.float64), flat))
+    names = list(graph.layers)
+    assert 1 in graph.layers["join"].strided_gradients
+    seen.clear()
+    plan = make_plan(graph, [(names[:2], (0,)), (names[2:], (1,))], num_microbatches=2)
+    check_layout_invariance(graph, plan, [sample_batch(graph, 6)])
+    assert len(seen) == 4
+    assert all(seen)
