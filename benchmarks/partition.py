@@ -1,6 +1,6 @@
 """How good the cuts are: real cost graphs with known optima, next to the rules in use.
 
-    make bench-partition          or: python benchmarks/partition.py [--data ../shared/data]
+    make bench-partition          or: python -m benchmarks.partition [--data ../shared/data]
 
 Every objective is recomputed by the data's own judge. Writes benchmarks/results/partition.md and
 .json. The data are published workloads and no part of pipeflow; without them this says so and ends.
@@ -13,19 +13,29 @@ import importlib.util
 import json
 import math
 import platform
+import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.partition_rules import RULES
 from pipeflow.errors import Infeasible
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
+from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.dnn_partitioning import read
 from pipeflow.partitioners import PARTITIONERS
-from pipeflow.partitioners import auto as auto_module
+from pipeflow.partitioners.auto import search
+from pipeflow.partitioners.certify import stages_of
+from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioning import problem_of
+from pipeflow.units import format_bytes
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (2, 4, 6, 8)
@@ -53,12 +63,7 @@ def cases(optima: dict[str, Any]) -> Iterator[tuple[str, int, float, float | Non
 
 def without_solver(problem: PartitionProblem) -> Partition:
     """`auto` as it runs where OR-tools is not installed."""
-    find_spec = auto_module.find_spec
-    auto_module.find_spec = lambda name: None if name == "ortools" else find_spec(name)  # type: ignore[assignment]
-    try:
-        return PARTITIONERS["auto"](problem)
-    finally:
-        auto_module.find_spec = find_spec
+    return search(problem, use_solver=False)
 
 
 def run_dnn_partitioning(data: Path) -> list[dict[str, Any]]:
@@ -135,28 +140,245 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
-    data = parser.parse_args().data
-    if not data.is_dir():
-        print(f"{data} is absent: the published workloads are no part of pipeflow; give their folder with --data")
-        return
-    rows = run_dnn_partitioning(data)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "partition.json").write_text(json.dumps({"dnn-partitioning": rows}, indent=1) + "\n")
-    text = "\n\n".join(
-        (
-            "# Partitioning, measured",
-            f"`make bench-partition` on {platform.processor() or platform.machine()}, Python {platform.python_version()}. "
-            "Objectives in ms, each recomputed by the judge that comes with the data.",
-            "## dnn-partitioning, contiguous, accelerators only",
-            summary(rows),
-            table(rows),
+def run_rules(data: Path) -> list[dict[str, Any]]:
+    """The rules in use on the same workloads, priced by the same objective; memory limits waived."""
+    root, rows = data / "dnn-partitioning", []
+    for key, count, scale, optimum in cases(json.loads((root / "optima.json").read_text())):
+        if optimum is None:
+            continue
+        problem = problem_of(read(root / f"{key}.json", edge_scale=scale), num_devices=count)
+        atoms, row = problem.atoms, {"workload": key, "devices": count, "edges": scale}
+        weights = {
+            "count": [1.0] * atoms.count,
+            "parameters": [float(n) for n in atoms.parameter_bytes],
+            "time": [sum(c.seconds for c in group) for group in atoms.layers],
+        }
+        for name, (rule, by) in RULES.items():
+            ends = rule(weights[by], count)
+            runs = [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True) if b > a]
+            stages = stages_of(problem, [(run, (device,)) for device, run in enumerate(runs)])
+            row[name] = objective(problem, stages) * 1e3 / optimum
+        rows.append(row)
+    return rows
+
+
+def rules_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| rule | geometric mean over the optimum | worst |", "|---|--:|--:|"]
+    for name in RULES:
+        ratios = [row[name] for row in rows]
+        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        lines.append(f"| {name} | {mean:.3f} | {max(ratios):.2f} |")
+    return "\n".join([*lines, "| pipeflow, auto | 1.000 | 1.00 |"])
+
+
+def run_chunks(data: Path) -> list[dict[str, Any]]:
+    """Two chunks on each device against contiguous stages."""
+    judge, root, rows = load_judge(data), data / "dnn-partitioning", []
+    for key, entry in json.loads((root / "optima.json").read_text()).items():
+        for count, (low, high) in entry["noncontiguous"].items():
+            path = root / f"{key}.json"
+            problem = problem_of(read(path), num_devices=int(count))
+            begin = time.perf_counter()
+            found = PARTITIONERS["auto"](replace(problem, chunks=2))
+            seconds = time.perf_counter() - begin
+            sets: dict[int, list[int]] = {}
+            for stage in found.stages:
+                sets.setdefault(stage.devices[0], []).extend(int(name) for name in stage.layers)
+            judged = judge(json.loads(path.read_text()), list(sets.values()), contiguous=False)
+            if abs(judged - found.certificate.objective * 1e3) > 1e-9 * judged:
+                raise AssertionError(f"{key}: {found.certificate.objective * 1e3}, but the judge says {judged}")
+            rows.append(
+                {
+                    "workload": key,
+                    "devices": int(count),
+                    "contiguous": entry["contiguous"][count]["optimum"],
+                    "any sets": [low, high],
+                    "two chunks": judged,
+                    "gap": found.certificate.gap,
+                    "seconds": seconds,
+                }
+            )
+            print(f"{key:40} {count} two chunks {judged:.4f}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def chunks_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| workload | devices | contiguous optimum | two chunks | gain | of what any sets may gain | gap | s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        gain, most = r["contiguous"] - r["two chunks"], r["contiguous"] - r["any sets"][0]
+        lines.append(
+            f"| {r['workload']} | {r['devices']} | {r['contiguous']:.4f} | {r['two chunks']:.4f} "
+            f"| {gain / r['contiguous']:.1%} | {gain / most if most > 0 else 0:.0%} "
+            f"| {r['gap']:.1e} | {r['seconds']:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def run_pipedream(data: Path) -> list[dict[str, Any]]:
+    """PipeDream's profiles under its own cost, without transfers, on one level of machines.
+
+    A stage on r replicas takes (compute + 4 (r - 1) parameter bytes / (bandwidth r)) / r: gradients
+    reduced after every micro-batch, over half the bandwidth.
+    """
+    root, rows, seen = data / "pipedream", [], set()
+    for entry in json.loads((root / "bottlenecks.json").read_text()):
+        options, count = tuple(entry["options"]), entry["machines"][0]
+        key = (entry["model"], count, options)
+        if len(entry["machines"]) > 1 or options not in ((), ("--straight_pipeline",)) or key in seen:
+            continue
+        seen.add(key)
+        problem = pipedream_problem(root / f"{entry['model']}.graph.txt", count, entry["bandwidth_Bps"][0])
+        rows.append(
+            pipedream_row(entry["model"], replace(problem, max_replicas=1 if options else None))
+            | {"published": entry["bottleneck_stage_s"]}
+        )
+    for model in ("inception_v3", "nasnetamobile"):
+        for count in (4, 8, 16):
+            problem = pipedream_problem(root / f"{model}.graph.txt", count, 1e10)
+            for most in (1, None):
+                rows.append(pipedream_row(model, replace(problem, max_replicas=most)) | {"published": None})
+    return rows
+
+
+def pipedream_problem(path: Path, count: int, bandwidth: float) -> PartitionProblem:
+    data = FORMATS["pipedream"](path).costs.model_dump()
+    for layer in data["layers"]:
+        for tensor in layer["outputs"]:
+            tensor.update(bytes=0, gradient_bytes=0)
+    return PartitionProblem(
+        costs=GraphCosts.model_validate(data),
+        cluster=Cluster.uniform(count, bandwidth=bandwidth / 2),
+        num_microbatches=720_720,  # divided by every number up to 16, so that shares are even
+        reduce_every="microbatch",
     )
-    (RESULTS / "partition.md").write_text(text + "\n")
-    print(summary(rows))
+
+
+def pipedream_row(model: str, problem: PartitionProblem) -> dict[str, Any]:
+    begin = time.perf_counter()
+    found = PARTITIONERS["auto"](problem)
+    seconds = time.perf_counter() - begin
+    print(f"{model:40} {problem.cluster.num_devices} {seconds:.1f} s", file=sys.stderr, flush=True)
+    return {
+        "model": model,
+        "devices": problem.cluster.num_devices,
+        "one replica": problem.max_replicas == 1,
+        "bottleneck": found.certificate.objective,
+        "gap": found.certificate.gap,
+        "replicas": [stage.num_replicas for stage in found.stages],
+        "seconds": seconds,
+    }
+
+
+def pipedream_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| profile | devices | replicas allowed | published, s | ours, s | ours / published | gap | s |",
+        "|---|--:|:-:|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        ratio = f"{r['bottleneck'] / r['published']:.9f}" if r["published"] else ""
+        lines.append(
+            f"| {r['model']} | {r['devices']} | {'no' if r['one replica'] else 'yes'} | {r['published'] or ''} "
+            f"| {r['bottleneck']:.9f} | {ratio} | {r['gap']:.1e} | {r['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def random_costs(source: GraphCosts, count: int, *, seed: int = 0) -> GraphCosts:
+    """A random DAG whose layers have the costs and numbers of inputs of the source's layers."""
+    draw = random.Random(seed)
+    pool = [(c.forward_seconds, c.outputs[0].bytes, len(c.inputs)) for c in source.layers if c.inputs]
+    layers: list[LayerCosts] = []
+    for index in range(count):
+        seconds, amount, degree = draw.choice(pool)
+        back = [1 if draw.random() < 0.8 else draw.randint(1, 12) for _ in range(degree)]
+        inputs = dict.fromkeys(layers[-min(b, len(layers))].name for b in back if layers)
+        name = f"n{index}"
+        layers.append(
+            LayerCosts(
+                name=name,
+                inputs=tuple(inputs),
+                outputs=(TensorCosts(name=name, bytes=amount),),
+                forward_seconds=seconds,
+                parameter_bytes=1000,
+            )
+        )
+    return GraphCosts(layers=tuple(layers))
+
+
+def run_scale(data: Path) -> list[dict[str, Any]]:
+    rows = []
+    for key in ("OperatorGraphs/bert_l-12_inference", "LayerGraphs/inceptionv3_inference"):
+        source = read(data / "dnn-partitioning" / f"{key}.json")
+        for count in (1_000, 10_000, 100_000):
+            profile = source.model_copy(update={"costs": random_costs(source.costs, count), "memory_bytes": None})
+            begin = time.perf_counter()
+            found = PARTITIONERS["auto"](problem_of(profile, num_devices=64))
+            seconds = time.perf_counter() - begin
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(f"{key:40} {count} nodes {seconds:.1f} s", file=sys.stderr, flush=True)
+            certificate = found.certificate
+            rows.append(
+                {
+                    "like": key,
+                    "nodes": count,
+                    "gap": certificate.gap,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "partitioner": certificate.partitioner,
+                }
+            )
+    return rows
+
+
+def scale_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| nodes and costs like | nodes | gap | s | peak so far | by |", "|---|--:|--:|--:|--:|---|"]
+    for r in rows:
+        lines.append(
+            f"| {r['like']} | {r['nodes']} | {r['gap']:.1%} | {r['seconds']:.1f} "
+            f"| {format_bytes(r['peak_bytes'])} | {r['partitioner']} |"
+        )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Path], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], str]]] = {
+    "dnn-partitioning": (
+        "dnn-partitioning, contiguous, accelerators only",
+        run_dnn_partitioning,
+        lambda rows: summary(rows) + "\n\n" + table(rows),
+    ),
+    "rules": ("the rules in use, on the same workloads", run_rules, rules_table),
+    "pipedream": ("PipeDream's profiles, its cost without transfers", run_pipedream, pipedream_table),
+    "scale": ("random DAGs on 64 devices", run_scale, scale_table),
+    "chunks": ("dnn-partitioning, two chunks on each device", run_chunks, chunks_table),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
+    parser.add_argument("--only", choices=SECTIONS, help="measure one section again and keep the others' figures")
+    arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        print(f"{arguments.data} is absent: the published workloads are no part of pipeflow; name their folder: --data")
+        return
+    RESULTS.mkdir(exist_ok=True)
+    stored = RESULTS / "partition.json"
+    results: dict[str, Any] = json.loads(stored.read_text()) if arguments.only and stored.exists() else {}
+    header = [
+        "# Partitioning, measured",
+        f"`make bench-partition`, Python {platform.python_version()} on {platform.machine()}. "
+        "Objectives in ms, each recomputed by the judge that comes with the data.",
+    ]
+    for name, (_, measure, _) in SECTIONS.items():
+        if arguments.only in (None, name):
+            results[name] = measure(arguments.data)
+            stored.write_text(json.dumps(results, indent=1) + "\n")
+    shown = [f"## {title}\n\n{show(results[n])}" for n, (title, _, show) in SECTIONS.items() if n in results]
+    (RESULTS / "partition.md").write_text("\n\n".join([*header, *shown]) + "\n")
+    print("\n\n".join([*header, *shown]))
 
 
 if __name__ == "__main__":

@@ -318,6 +318,17 @@ class LayerGraph:
         return self._owned(lambda facts: facts.parameters)
 
     @cached_property
+    def parameter_bytes(self) -> Mapping[str, int]:
+        """Bytes of parameters by layer. A shared one counts once, for the first layer that trains it."""
+        sharers = {group[0]: [self.owner(name) for name in group] for group in self._ties}
+        result = dict.fromkeys(self._layers, 0)
+        for name, spec in self.parameters.items():
+            owners = sharers.get(name, [self.owner(name)])
+            trains = (layer for layer in owners if self.layers[layer].has_backward)
+            result[next(trains, owners[0])] += spec.bytes_at(0)
+        return MappingProxyType(result)
+
+    @cached_property
     def buffers(self) -> Mapping[str, TensorSpec]:
         """Every buffer of the state dict by "<layer>.<buffer>"; of a shared group the first only."""
         return self._owned(lambda facts: {n: s for n, s in facts.buffers.items() if n in facts.persistent})

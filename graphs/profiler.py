@@ -122,7 +122,7 @@ def _profile(
                 backward_input_seconds=times.backward_input,
                 backward_weight_seconds=times.backward_weight,
                 fixed_fraction=_fixed_fraction(times.total, other_times.total, other / samples),
-                parameter_bytes=_parameter_bytes(graph, name),
+                parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=runs[0].saved_bytes[name],
                 has_backward=layer.has_backward,
                 replicable=not layer.mutated_buffers,
@@ -144,11 +144,6 @@ def _tensor(graph: LayerGraph, name: str, samples: int) -> TensorCosts:
     size = spec.bytes_at(samples)
     gradient = size if name in graph.differentiable else 0
     return TensorCosts(name=name, bytes=size, gradient_bytes=gradient, scales=spec.scales)
-
-
-def _parameter_bytes(graph: LayerGraph, layer: str) -> int:
-    """Bytes of the layer's parameters; shared ones count for the first layer that has them."""
-    return sum(spec.bytes_at(0) for name, spec in graph.parameters.items() if graph.owner(name) == layer)
 
 
 def _fixed_fraction(seconds: float, other_seconds: float, fraction: float) -> float:

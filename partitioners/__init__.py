@@ -24,6 +24,7 @@ _SUMMARIES = {
     "orders": "the best of many topological orders, each cut exactly",
     "ideals": "exact over all ideals of the graph, where there are not too many",
     "cpsat": "exact by CP-SAT; needs pipeflow[solvers]",
+    "milp": "the same by HiGHS, to check the others; needs pipeflow[solvers]",
     "auto": "what the size of the problem allows, cheapest first, until the gap is closed",
     "exhaustive": "every cut of a small graph: the oracle",
 }

@@ -7,6 +7,7 @@ never on a clock, so the same problem gives the same partition on the same insta
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 from pipeflow.errors import Infeasible
@@ -15,11 +16,12 @@ from pipeflow.partitioners import ideals as ideal_programme
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.chain import chain
+from pipeflow.partitioners.coarsen import coarsen
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.feasibility import require_feasible
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
-from pipeflow.partitioners.orders import best_of_orders
+from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
 
@@ -27,8 +29,19 @@ CLOSED = 1e-8
 """A relative gap that counts as none."""
 
 _MOST_EXHAUSTIVE = 6
-_MOST_SOLVED = 4000
+_MOST_ATOMS = 20_000
+"""Beyond, the problem is coarsened first."""
+
+_CHUNK_WORK = 12.0
+"""The solver's budget for several chunks on a device: gains come early, proofs late or never."""
+
+_MOST_SOLVED = 6000
 """Atoms times stages up to which the solver is worth its time."""
+
+
+def has_solver() -> bool:
+    """Whether OR-tools is installed."""
+    return find_spec("ortools") is not None
 
 
 def auto(problem: PartitionProblem) -> Partition:
@@ -40,31 +53,66 @@ def auto(problem: PartitionProblem) -> Partition:
     Raises:
         Infeasible: no partition fits, or none was found; the reasons say which.
     """
+    return search(problem, use_solver=has_solver())
+
+
+def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
+    """`auto`, with or without the solver."""
     require_feasible(problem)
+    if problem.chunks > 1:
+        return _chunked(problem, use_solver)
+    if problem.atoms.count > _MOST_ATOMS:
+        return _coarse(problem, use_solver)
     best, failure = None, None
     try:
         best = chain(problem)
     except Infeasible as error:
         failure = error
-    tiny = problem.atoms.count <= _MOST_EXHAUSTIVE and problem.cluster.num_devices <= _MOST_EXHAUSTIVE
-    if _is_closed(best) or problem.atoms.has_one_order and problem.cluster.is_uniform and best is None:
+    most_devices = _MOST_EXHAUSTIVE if problem.cluster.is_uniform else 4
+    tiny = problem.atoms.count <= _MOST_EXHAUSTIVE and problem.cluster.num_devices <= most_devices
+    if _is_closed(best) or (problem.atoms.has_one_order and problem.cluster.is_uniform and best is None):
         return _named(problem, best, "chain", failure)
     if tiny:
         return _named(problem, exhaustive(problem), "exhaustive", None)
-    return _search(problem, best, failure)
+    return _improved(problem, best, failure, use_solver)
 
 
-def _search(problem: PartitionProblem, best: Partition | None, failure: Infeasible | None) -> Partition:
+def _coarse(problem: PartitionProblem, use_solver: bool) -> Partition:
+    """The best partition of a coarser problem, with the bound of the whole one."""
+    found = search(coarsen(problem, _MOST_ATOMS // 4), use_solver=use_solver)
+    name = f"{found.certificate.partitioner}, coarsened"
+    return certified(problem, found.stages, partitioner=name, lower_bound=lower_bound(problem))
+
+
+def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
+    """The best contiguous partition, and then what several chunks on a device gain."""
+    contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
+    smaller, stages, name = fold(problem), contiguous.stages, contiguous.certificate.partitioner
+    bound = max(lower_bound(problem), cut_bound(smaller))
+    if use_solver and cpsat_model.supports(problem) is None and contiguous.certificate.objective > bound:
+        better, bound = cpsat_model.improve(smaller, stages, bound, work=_CHUNK_WORK)
+        if better is not None and objective(problem, better) < objective(problem, stages):
+            stages, name = better, "auto: cpsat"
+    return certified(problem, stages, partitioner=name, lower_bound=bound)
+
+
+def _improved(
+    problem: PartitionProblem, best: Partition | None, failure: Infeasible | None, use_solver: bool
+) -> Partition:
     smaller = fold(problem)
     bound = max(lower_bound(problem), cut_bound(smaller), best.certificate.lower_bound if best else 0.0)
     stages, name = (best.stages if best else None), "chain"
-    found = best_of_orders(smaller, rounds=num_rounds(smaller), start=stages)
+    if problem.replica_limit > 1 and problem.replicas is None:
+        # Orders without replicas are cut many times faster, and are candidates here too.
+        single = fold(replace(problem, max_replicas=1))
+        if single.stage_limit >= (problem.stage_count or 1):
+            found = best_of_orders(single, rounds=num_rounds(single), bound=bound)
+            if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
+                stages, name = found, "orders"
+    found = best_of_orders(smaller, rounds=num_rounds(smaller), start=stages, bound=bound)
     if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
         stages, name = found, "orders"
-    steps = ()
-    if stages is None or objective(problem, stages) * (1 - CLOSED) > bound:
-        steps = _exact_steps(smaller)
-    for step in steps:
+    for step in _exact_steps(smaller, use_solver):
         if stages is not None and objective(problem, stages) * (1 - CLOSED) <= bound:
             break
         improved = (
@@ -84,30 +132,22 @@ def _search(problem: PartitionProblem, best: Partition | None, failure: Infeasib
     return certified(problem, stages, partitioner=f"auto: {name}", lower_bound=bound)
 
 
-def _exact_steps(problem: PartitionProblem) -> tuple[str, ...]:
+def _exact_steps(problem: PartitionProblem, use_solver: bool) -> tuple[str, ...]:
     """The exact algorithms that can express the problem and are worth trying on it."""
     steps = []
     if ideal_programme.supports(problem) is None:
         steps.append("ideals")
     small = problem.atoms.count * problem.stage_limit <= _MOST_SOLVED
-    if small and cpsat_model.supports(problem) is None and find_spec("ortools") is not None:
+    if use_solver and small and cpsat_model.supports(problem) is None:
         steps.append("cpsat")
     return tuple(steps)
-
-
-def num_rounds(problem: PartitionProblem) -> int:
-    """Orders to try: fewer where one takes longer."""
-    size = problem.atoms.count * (1 if problem.replica_limit == 1 and problem.cluster.is_uniform else 8)
-    return max(4, min(24, 12_000 // max(1, size)))
 
 
 def _is_closed(partition: Partition | None) -> bool:
     return partition is not None and partition.certificate.gap <= CLOSED
 
 
-def _named(
-    problem: PartitionProblem, partition: Partition | None, name: str, failure: Infeasible | None
-) -> Partition:
+def _named(problem: PartitionProblem, partition: Partition | None, name: str, failure: Infeasible | None) -> Partition:
     if partition is None:
         assert failure is not None, "no partition and no reason"
         raise failure

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import networkx as nx
-from networkx.algorithms.flow import preflow_push
+from networkx.algorithms.flow import build_residual_network, preflow_push
 
 from pipeflow.partitioners.objective import compute_seconds
 from pipeflow.partitioners.problem import PartitionProblem
@@ -21,7 +21,8 @@ _SLACK = 1 - 1e-12
 _FLOW_UNITS = 2**40
 """Seconds of all layers in the whole units of a flow network."""
 
-_MOST_FLOW_ATOMS = 3000
+_FLOW_WORK = 12_000
+"""Atoms times flows that are worth their time."""
 
 
 def lower_bound(problem: PartitionProblem) -> float:
@@ -66,13 +67,13 @@ def atom_bound(problem: PartitionProblem) -> float:
             if r > 1 and not atoms.replicable[atom]:
                 continue
             reduction = 2 * (r - 1) / r * amount / bandwidth + 2 * (r - 1) * latency if r > 1 and amount else 0.0
-            options.append(problem.share(r) * compute + reduction / problem.num_microbatches)
+            options.append(problem.share(r) * compute + reduction * problem.reductions(r))
         if options:
             best = max(best, min(options))
     return best * _SLACK
 
 
-def cut_bound(problem: PartitionProblem, *, most_flows: int = 48) -> float:
+def cut_bound(problem: PartitionProblem) -> float:
     """The least that a stage with one chosen atom costs, whatever else is on it: a minimum cut.
 
     A stage S around an atom costs the compute of S and every net that S cuts; the least of that
@@ -81,7 +82,7 @@ def cut_bound(problem: PartitionProblem, *, most_flows: int = 48) -> float:
     left can raise the bound. 0 where stages may be replicated or transfers overlap.
     """
     atoms, cluster = problem.atoms, problem.cluster
-    if problem.replica_limit > 1 or problem.overlap or atoms.count > _MOST_FLOW_ATOMS:
+    if problem.replica_limit > 1 or problem.overlap:
         return 0.0
     compute = _fastest_seconds(problem)
     links = _links(problem)
@@ -91,12 +92,13 @@ def cut_bound(problem: PartitionProblem, *, most_flows: int = 48) -> float:
         return 0.0
     scale = _FLOW_UNITS / (math.fsum(compute) or 1.0)
     network, alone = _network(problem, compute, bandwidth, latency, scale)
+    residual = build_residual_network(network, "capacity")
     best = 0
-    for atom in sorted(range(atoms.count), key=lambda a: (-alone[a], a))[:most_flows]:
+    for atom in sorted(range(atoms.count), key=lambda a: (-alone[a], a))[: max(1, min(48, _FLOW_WORK // atoms.count))]:
         if alone[atom] <= best:
             break
-        value = nx.maximum_flow_value(network, atom, "sink", capacity="capacity", flow_func=preflow_push)
-        best = max(best, int(value))
+        flow = preflow_push(network, atom, "sink", residual=residual, value_only=True)
+        best = max(best, int(flow.graph["flow_value"]))
     return best / scale * _SLACK
 
 

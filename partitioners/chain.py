@@ -33,7 +33,7 @@ def chain(problem: PartitionProblem) -> Partition:
     found = cut_order(problem, order, bound=bound)
     if found is None:
         raise no_cut_fits(problem, closest(problem, bound), "cut of the graph's order")
-    if problem.atoms.has_one_order and problem.cluster.is_uniform:
+    if problem.atoms.has_one_order and problem.cluster.is_uniform and problem.chunks == 1:
         bound = max(bound, found.seconds * (1 - 1e-12))
     return certified(problem, best_stages(problem, found), partitioner="chain", lower_bound=bound)
 

@@ -149,7 +149,7 @@ class Cluster(Value):
             ClusterError: the file is not a cluster; the message names the key.
         """
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise ClusterError(f"{os.fspath(path)} is not a cluster: {error}") from error
 

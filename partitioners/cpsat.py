@@ -6,7 +6,8 @@ there and others are not: y >= |x[producer, s] - x[reader, s]|. Seconds become w
 rounded down, so that what the solver proves is a bound; partitions are priced by the objective.
 
 For alike devices and one replica a stage; positions are counted from the last stage, so that
-memory in flight is known, and unused stages are the first ones.
+memory in flight is known, and unused stages are the first ones. With c chunks a device there are
+c times as many stages; stage s is on device s mod K, and a net costs a device, not a stage.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pipeflow.errors import PlanError
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import closest
-from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
+from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible, shortfall
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.orders import best_of_orders
@@ -43,7 +44,14 @@ def supports(problem: PartitionProblem) -> str | None:
         return "devices or links differ"
     if problem.overlap:
         return "transfers overlap with compute"
+    if problem.chunks > 1 and (problem.stage_count or problem.max_stages or _holds_activations(problem)):
+        return "several chunks on a device, with a number of stages or limits on activations"
     return None
+
+
+def _holds_activations(problem: PartitionProblem) -> bool:
+    limited = min(memory_limits(problem)) < math.inf
+    return limited and problem.in_flight(Position(1, 1, problem.num_microbatches)) > 0
 
 
 def cpsat(problem: PartitionProblem) -> Partition:
@@ -90,13 +98,22 @@ class _Model:
     problem: PartitionProblem
     scale: float
 
+    @property
+    def num_devices(self) -> int:
+        return self.problem.stage_limit if self.problem.chunks == 1 else self.problem.cluster.num_devices
+
+    @property
+    def num_slots(self) -> int:
+        """Stages, used or not."""
+        return self.num_devices * self.problem.chunks
+
     def solve(self, start: Sequence[Stage] | None, bound: float, work: float) -> tuple[tuple[Stage, ...] | None, float]:
         try:
             from ortools.sat.python import cp_model
         except ImportError as error:
             raise PlanError("cpsat needs OR-tools; install pipeflow[solvers]") from error
         problem, atoms = self.problem, self.problem.atoms
-        most = problem.stage_limit
+        most = self.num_slots
         model: Any = cp_model.CpModel()
         reach = int(_RESOLUTION * 1.001) if start else int(_RESOLUTION * 4)
         bottleneck = model.new_int_var(min(reach, math.floor(bound * self.scale)), reach, "bottleneck")
@@ -115,9 +132,11 @@ class _Model:
             for pa, pb in zip(prefix[a], prefix[b], strict=True):
                 model.add_implication(pb, pa)
         hints = self._hints(start, most)
-        self._add_loads(model, on, bottleneck, hints)
-        self._add_memory(model, on)
-        self._add_used(model, on)
+        by_device = on if self.problem.chunks == 1 else self._on_devices(model, on)
+        self._add_loads(model, by_device, bottleneck, [h % self.num_devices for h in hints])
+        self._add_memory(model, by_device)
+        if self.problem.chunks == 1:
+            self._add_used(model, on)
         if hints:
             for atom, row in enumerate(prefix):
                 for s, variable in enumerate(row):
@@ -136,21 +155,42 @@ class _Model:
             return (tuple(start) if start else None), proved
         stage_of = [next(s for s, v in enumerate(row) if isinstance(v, int) or solver.value(v)) for row in on]
         found = self._stages(stage_of, most)
+        if shortfall(problem, found):  # bytes were rounded down in the model
+            return (tuple(start) if start else None), proved
         if start is not None and objective(problem, start) <= objective(problem, found):
             found = tuple(start)
         return found, proved
+
+    def _on_devices(self, model: Any, on: list[list[Any]]) -> list[list[Any]]:
+        """Whether each atom is on each device, whichever of its chunks."""
+        count, result = self.num_devices, []
+        for row in on:
+            places = [model.new_bool_var("") for _ in range(count)]
+            for device, place in enumerate(places):
+                model.add(place == sum(row[device::count]))
+            result.append(places)
+        return result
 
     def _hints(self, start: Sequence[Stage] | None, most: int) -> list[int]:
         """The stage of every atom in `start`, counted so that its last stage is the last."""
         if start is None:
             return []
-        shift = most - len(start)
+        shift = most - len(start) if self.problem.chunks == 1 else 0
         stage_of = {name: s + shift for s, stage in enumerate(start) for name in stage.layers}
         return [stage_of[names[0]] for names in self.problem.atoms.members]
 
     def _stages(self, stage_of: Sequence[int], most: int) -> tuple[Stage, ...]:
         sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(most)]
-        return stages_of(self.problem, [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)])
+        if self.problem.chunks == 1:
+            return stages_of(self.problem, [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)])
+        cut: list[tuple[list[int], tuple[int]]] = []
+        for slot, atoms in enumerate(sets):
+            device = slot % self.num_devices
+            if atoms and cut and cut[-1][1] == (device,):
+                cut[-1] = ([*cut[-1][0], *atoms], (device,))
+            elif atoms:
+                cut.append((atoms, (device,)))
+        return stages_of(self.problem, cut)
 
     def _add_loads(self, model: Any, on: list[list[Any]], bottleneck: Any, hints: list[int]) -> None:
         problem, atoms = self.problem, self.problem.atoms
@@ -161,11 +201,11 @@ class _Model:
         for net in atoms.nets:
             key = (net.producer, net.readers)
             weights[key] = weights.get(key, 0.0) + latency + net.bytes / bandwidth
-        for s in range(problem.stage_limit):
+        for s in range(self.num_devices):
             load = [c * row[s] for c, row in zip(compute, on, strict=True) if c]
             for (producer, readers), seconds in weights.items():
                 cost = math.floor(seconds * self.scale)
-                if not cost or problem.stage_limit == 1:
+                if not cost or self.num_devices == 1:
                     continue
                 y = model.new_bool_var("")
                 for reader in readers:
@@ -183,7 +223,7 @@ class _Model:
         if limit == math.inf:
             return
         ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
-        most = problem.stage_limit
+        most = self.num_devices
         for s in range(most):
             in_flight = problem.in_flight(Position(1, most - s, problem.num_microbatches))
             used = [

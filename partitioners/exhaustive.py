@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import combinations
 
 from pipeflow.errors import PlanError
+from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
 from pipeflow.partitioners.objective import compute_seconds, objective
@@ -27,7 +28,7 @@ _BETTER = 1 - 1e-12
 
 
 def exhaustive(problem: PartitionProblem) -> Partition:
-    """The best partition of all. Its lower bound is its own objective.
+    """The best partition with one stage on a device; with `chunks` 1, its objective is its lower bound.
 
     Every chain of ideals with one stage per device, on all choices of devices. Time grows
     exponentially: about a dozen layers (groups of colocated layers count as one).
@@ -47,7 +48,8 @@ def exhaustive(problem: PartitionProblem) -> Partition:
         search.run(used)
     if search.best_stages is None:
         raise no_cut_fits(problem, _closest(problem), "cut")
-    return certified(problem, search.best_stages, partitioner="exhaustive", lower_bound=search.best)
+    bound = search.best if problem.chunks == 1 else lower_bound(problem)
+    return certified(problem, search.best_stages, partitioner="exhaustive", lower_bound=bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ def supports(problem: PartitionProblem) -> str | None:
     """Why the programme cannot express the problem, or None if it can."""
     if problem.replica_limit > 1:
         return "more than one replica a stage is allowed; set max_replicas=1"
+    if problem.chunks > 1:
+        return "a device may hold several stages; set chunks=1"
     if not problem.cluster.is_uniform:
         return "devices or links differ"
     if problem.stage_count is not None:

@@ -68,7 +68,7 @@ def cut_order(
         memory_factor: multiplies every memory limit.
     """
     program = _Program(problem, tuple(order), readers, memory_factor)
-    uppers = [bound * f for f in (1.02, 1.1, 1.5) if bound > 0] if program.size > 20_000 else []
+    uppers = [bound * f for f in (1.02, 1.1, 1.5, 2.5, 5, 12) if bound > 0] if program.size > 20_000 else []
     for limit in (*(u for u in uppers if u < upper), upper):
         if found := program.solve(limit):
             return found
@@ -114,6 +114,10 @@ class _Program:
     def shares(self) -> Floats:
         """Share of the micro-batches of the busiest of r replicas, at index r - 1."""
         return np.array([self.problem.share(r) for r in range(1, self.problem.replica_limit + 1)])
+
+    @cached_property
+    def reductions(self) -> Floats:
+        return np.array([self.problem.reductions(r) for r in range(1, self.problem.replica_limit + 1)])
 
     @cached_property
     def in_flight(self) -> Floats:
@@ -292,7 +296,7 @@ class _Program:
             r = np.arange(1, most + 1)[:, None]
             parameters = row.parameter_bytes[:width]
             reduction = 2 * (r - 1) / r * ring[0] * parameters + 2 * (r - 1) * ring[1] * (parameters > 0)
-            seconds = seconds + reduction / self.problem.num_microbatches
+            seconds = seconds + reduction * self.reductions[:most, None]
             seconds[1:, row.stuck[:width] > 0] = np.inf
         return np.where(seconds > limit, np.inf, seconds)
 

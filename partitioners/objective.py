@@ -11,7 +11,8 @@ transfers  every tensor that crosses its border, in either direction: an activat
            over the slowest link between the devices of the two stages. Tensors are separate
            messages, so each pays the latency. Inputs of the graph cost nothing;
 reduce     the ring all-reduce of its gradients (2 (R - 1) / R of the bytes and 2 (R - 1)
-           latencies over the slowest link among its devices), once for all micro-batches.
+           latencies over the slowest link among its devices), once for all micro-batches or, with
+           `reduce_every` "microbatch", after each that the replica runs.
 
 With `overlap` the longer of compute and transfers counts instead of the sum. The objective is
 the largest sum over the stages of any one device. A replica holds
@@ -111,7 +112,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         computes = [compute_seconds(layers, cluster.devices[d]) for d in stage.devices]
         share = problem.share(count)
         by_device = tuple(
-            share * (max(c, transfers) if problem.overlap else c + transfers) + reduction / problem.num_microbatches
+            share * (max(c, transfers) if problem.overlap else c + transfers) + reduction * problem.reductions(count)
             for c in computes
         )
         in_flight = problem.in_flight(Position(count, following, problem.num_microbatches))
@@ -143,6 +144,8 @@ def _transfers(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[list
         readers = costs.consumers_by_tensor[name]
         learners = {stage_of[r] for r in readers if costs.layer_by_name[r].has_backward}
         targets = sorted({stage_of[r] for r in readers} - {source})
+        if problem.fan_out == "tensor":
+            targets = list({stages[t].devices: t for t in reversed(targets)}.values())[::-1]
         for target in targets:
             received[target] += tensor.bytes
         for amount, ends in (

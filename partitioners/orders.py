@@ -35,19 +35,20 @@ def orders(problem: PartitionProblem) -> Partition:
     """
     require_feasible(problem)
     bound = lower_bound(problem)
-    stages = best_of_orders(problem, rounds=num_rounds(problem.atoms.count))
+    stages = best_of_orders(problem, rounds=num_rounds(problem))
     if stages is None:
         raise no_cut_fits(problem, closest(problem, bound), "cut of many orders")
     return certified(problem, stages, partitioner="orders", lower_bound=bound)
 
 
-def num_rounds(num_atoms: int) -> int:
-    """So many that the whole takes seconds: a round is about linear in the atoms."""
-    return max(8, min(300, 6 * num_atoms, 40_000 // max(1, num_atoms)))
+def num_rounds(problem: PartitionProblem) -> int:
+    """So many that the whole takes seconds: fewer where a round takes longer."""
+    atoms, is_single = problem.atoms.count, problem.replica_limit == 1 and problem.cluster.is_uniform
+    return max(4, min(24, 3 * atoms, 12_000 // max(1, atoms * (1 if is_single else 8))))
 
 
 def best_of_orders(
-    problem: PartitionProblem, *, rounds: int, seed: int = 0, start: Sequence[Stage] | None = None
+    problem: PartitionProblem, *, rounds: int, seed: int = 0, start: Sequence[Stage] | None = None, bound: float = 0.0
 ) -> tuple[Stage, ...] | None:
     """The best cut of `rounds` orders, or None if none is feasible.
 
@@ -55,9 +56,10 @@ def best_of_orders(
         rounds: how many orders.
         seed: of the draws.
         start: a valid partition to begin with, if one is known. If nothing beats it, it is not returned.
+        bound: a proven lower bound, if one is known.
     """
     atoms, draw = problem.atoms, random.Random(seed)
-    bound = lower_bound(problem)
+    bound = max(bound, lower_bound(problem))
     best = _as_cut(problem, start) if start else None
     known = best
     one = atoms.has_one_order

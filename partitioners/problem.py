@@ -70,10 +70,15 @@ class PartitionProblem:
         gradient_ratio: bytes of gradients for each byte of parameters.
         overlap: whether transfers run while a device computes: then the longer of the two
             counts, otherwise their sum.
+        reduce_every: when replicas reduce their gradients: once an "iteration", or after each
+            "microbatch" of theirs, as asynchronous pipelines do.
         fan_out: what a stage pays to send a tensor that several other stages read: "stage", once
-            for each of them; "tensor", once.
+            for each of them; "tensor", once, and a device receives it once for all its stages.
         unordered: layers that the order of the stages does not bind (the backward half of a
             training graph); an edge counts for the order only if neither end is among them.
+        chunks: how many times the stages go round the devices: with more than 1, they are placed as
+            interleaved schedules place them, on device 0, 1, ... K - 1, 0, 1, ..., where some turns
+            may be left out.
         together: groups of layers that must share a stage, beside the costs' colocated ones.
 
     Raises:
@@ -91,12 +96,14 @@ class PartitionProblem:
     optimizer_ratio: float = 2.0
     gradient_ratio: float = 1.0
     overlap: bool = False
+    reduce_every: Literal["iteration", "microbatch"] = "iteration"
     fan_out: Literal["stage", "tensor"] = "stage"
     unordered: frozenset[str] = field(default_factory=frozenset)
     together: tuple[tuple[str, ...], ...] = ()
+    chunks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas"):
+        for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"{name}={value}; it must be at least 1")
@@ -149,6 +156,10 @@ class PartitionProblem:
         from pipeflow.partitioners.atoms import find_atoms
 
         return find_atoms(self.costs, self.unordered, self.together)
+
+    def reductions(self, num_replicas: int) -> float:
+        """How often a replica reduces its gradients, per micro-batch of the batch."""
+        return 1 / self.num_microbatches if self.reduce_every == "iteration" else self.share(num_replicas)
 
     def share(self, num_replicas: int) -> float:
         """The part of all micro-batches that the busiest replica runs: ceil(M / R) / M."""

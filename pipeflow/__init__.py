@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
     from pipeflow.partitioners.partition import Certificate, Mesh, Partition, Stage
     from pipeflow.partitioners.problem import PartitionProblem
+    from pipeflow.partitioning import partition
     from pipeflow.planner import plan
     from pipeflow.recipe import Recipe
     from pipeflow.runtime.reference import Reference
@@ -53,6 +54,7 @@ _HOME = {
     "Timeline": "pipeflow.simulator",
     "lazy": "pipeflow.graphs",
     "lower": "pipeflow.lowering",
+    "partition": "pipeflow.partitioning",
     "plan": "pipeflow.planner",
     "profile": "pipeflow.graphs",
     "simulate": "pipeflow.simulator",
@@ -85,6 +87,7 @@ __all__ = [
     "__version__",
     "lazy",
     "lower",
+    "partition",
     "plan",
     "profile",
     "simulate",

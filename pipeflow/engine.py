@@ -25,7 +25,7 @@ from pipeflow.flows import flows
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.lowering import lower
-from pipeflow.program import Mode, Reduce, Send, Step, rank_of
+from pipeflow.program import Mode, Program, Reduce, Send, Step, rank_of
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
@@ -106,6 +106,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.plan = plan
         self._programs = {mode: lower(plan, mode=mode) for mode in Mode}
         self._flows = flows(plan.costs, [stage.layers for stage in plan.stages])
+        _check_steps(graph, plan, self._programs[Mode.TRAIN])
         self._measure = measure
         self._step = 0
         self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
@@ -483,6 +484,18 @@ def _check_match(graph: LayerGraph, plan: Plan) -> None:
         )
     if tuple(graph.layers) != tuple(layer.name for layer in plan.costs.layers):
         raise PlanError(f"the plan's layers are not those of graph {graph.name!r} in its order; plan again for it")
+
+
+def _check_steps(graph: LayerGraph, plan: Plan, program: Program) -> None:
+    """Every stage with parameters to train takes a step: a plan from costs may not know of them."""
+    stepping = {a.stage for actions in program.actions_by_rank for a in actions if isinstance(a, Step)}
+    for layer, size in graph.parameter_bytes.items():
+        stage = plan.stage_by_layer[layer]
+        if size and graph.layers[layer].has_backward and stage not in stepping:
+            raise PlanError(
+                f"layer {layer!r} has {size} bytes of parameters, but by the plan's costs stage {stage} has none to "
+                "train; profile the graph again and plan with those costs"
+            )
 
 
 def _resolve_devices(

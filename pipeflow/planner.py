@@ -92,7 +92,7 @@ def plan(
         problem=problem,
         graph_digest="" if graph is None else graph.digest,
         batch_size=batch_size,
-        partition=_resolve_partitioner(partitioner, problem),
+        partition=_resolve_partitioner(partitioner),
         schedules=_resolve_schedules(schedule),
     )
     best = search.run([num_microbatches] if num_microbatches else _candidates(batch_size))
@@ -112,16 +112,12 @@ def _check_graph(graph: LayerGraph, costs: GraphCosts) -> None:
     raise PlanError(f"the costs of {costs.name!r} list the layers of graph {graph.name!r} in another order; {remedy}")
 
 
-def _resolve_partitioner(partitioner: str | Partitioner, problem: PartitionProblem) -> Partitioner:
+def _resolve_partitioner(partitioner: str | Partitioner) -> Partitioner:
     if not isinstance(partitioner, str):
         return partitioner
     if partitioner in PARTITIONERS:
         return PARTITIONERS[partitioner]
-    if partitioner == "auto":
-        most_devices = 8 if problem.cluster.is_uniform else 4
-        is_small = problem.atoms.count <= 10 and problem.cluster.num_devices <= most_devices
-        return PARTITIONERS["exhaustive" if is_small else "chain"]
-    known = ", ".join(map(repr, dict.fromkeys(("auto", *PARTITIONERS))))
+    known = ", ".join(map(repr, PARTITIONERS))
     raise PlanError(f"{partitioner!r} is no partitioner; known are {known}, or give a function")
 
 

@@ -24,8 +24,8 @@ from pipeflow.program import (
     rank_of,
 )
 from pipeflow.schedules import SCHEDULES, ComputeOrder
+from pipeflow.testing.drawn_plans import plans
 from pipeflow.testing.hand import chain_costs, hand_plan
-from pipeflow.testing.plans import plans
 
 
 def with_layer(plan: Plan, layer: LayerCosts) -> Plan:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("wheel")  # built once for all of them
 SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "pipeflow", "graphs", "partitioners")
 
 

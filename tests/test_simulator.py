@@ -17,8 +17,8 @@ from pipeflow.partitioners.cluster import Cluster, Device
 from pipeflow.program import Compute, Kind, Mode, Receive, Reduce, Send, Step, rank_of
 from pipeflow.schedules import SCHEDULES
 from pipeflow.simulator import simulate
+from pipeflow.testing.drawn_plans import plans
 from pipeflow.testing.hand import chain_costs, hand_plan
-from pipeflow.testing.plans import plans
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -28,8 +28,8 @@ from pipeflow.program import (
     parse_action,
     rank_of,
 )
+from pipeflow.testing.drawn_plans import check_program, plans
 from pipeflow.testing.hand import chain_costs, hand_plan
-from pipeflow.testing.plans import check_program, plans
 from pipeflow.verifier import Proof, verify
 
 Semantics = Literal["posted", "rendezvous"]

@@ -69,7 +69,8 @@ def _profile(name: str, data: Mapping[str, Any], edge_scale: float) -> Profile:
             name=str(node),
             inputs=tuple(str(p) for p in sorted(graph.predecessors(node), key=place.__getitem__)),
             outputs=(TensorCosts(name=str(node), bytes=round(seconds.get(node, 0.0) * BANDWIDTH)),),
-            forward_seconds=float(nodes[node]["fpgaLatency"]) * _MILLISECOND,
+            # What the accelerators cannot run is refused by name later, whatever its latency says.
+            forward_seconds=float(nodes[node]["fpgaLatency"]) * _MILLISECOND if nodes[node]["supportedOnFpga"] else 0.0,
             parameter_bytes=math.ceil(nodes[node]["size"]),
         )
         for node in order

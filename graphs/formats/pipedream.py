@@ -40,7 +40,9 @@ def read(path: Path) -> Profile:
         if line[0].isspace() and len(parts) == 2:
             graph.add_edge(parts[0], parts[1])
         elif len(parts) >= 3:
-            descriptions[parts[0]], values[parts[0]] = " -- ".join(parts[1:-1]), _values(path, number, parts[-1])
+            # A partitioned graph has ` -- stage_id=...` at the end of its lines.
+            last = len(parts) - (2 if parts[-1].startswith("stage_id=") else 1)
+            descriptions[parts[0]], values[parts[0]] = " -- ".join(parts[1:last]), _values(path, number, parts[last])
             graph.add_node(parts[0])
         else:
             raise FormatError(f"{path}:{number}: {line.strip()!r} is neither a node nor an edge of a PipeDream profile")

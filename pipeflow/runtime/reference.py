@@ -164,17 +164,18 @@ class Reference:
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
         for name in layers:
             layer = self.graph.layers[name]
-            arguments = [self._read(layer, i, values[tensor]) for i, tensor in enumerate(layer.inputs)]
+            seen = {tensor: self._read(layer, tensor, values[tensor]) for tensor in layer.inputs}
+            arguments = [seen[tensor] for tensor in layer.inputs]
             result = self._replica.functions[name](*arguments, **layer.kwargs)
             outputs = (result,) if layer.outputs == (name,) else result
             for i, (tensor, value) in enumerate(zip(layer.outputs, outputs, strict=True)):
                 values[tensor] = packed(value) if i in layer.strided_outputs else value
         return values
 
-    def _read(self, layer: Layer, position: int, value: Tensor) -> Tensor:
-        if position in layer.strided_gradients:
+    def _read(self, layer: Layer, tensor: str, value: Tensor) -> Tensor:
+        if any(layer.inputs[position] == tensor for position in layer.strided_gradients):
             return straight(value)
-        return value.view_as(value) if layer.inputs[position] in self._viewed else value
+        return value.view_as(value) if tensor in self._viewed else value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of parameters and persistent buffers, by `<layer>.<name>`."""

@@ -220,15 +220,16 @@ def _call(
     """The call of one layer. The common shapes have closures of their own: they are the hot path."""
     sources = tuple(slot for slot, _ in reads)
     target, kwargs = outputs[0], dict(layer.kwargs)
-    passes = [
-        straight if i in layer.strided_gradients else _view if view else None for i, (_, view) in enumerate(reads)
-    ]
-    plain = not any(passes)
+    # One view for all the places in which a layer reads a tensor: their gradients add up first.
+    passes = {slot: _view for slot, viewed in reads if viewed}
+    passes |= {slot: straight for i, (slot, _) in enumerate(reads) if i in layer.strided_gradients}
+    plain = not passes
 
     def arguments(slots: Slots) -> list[Any]:
         if plain:
             return [slots[i] for i in sources]
-        return [slots[i] if through is None else through(slots[i]) for i, through in zip(sources, passes, strict=True)]
+        seen = {slot: through(slots[slot]) for slot, through in passes.items()}
+        return [seen[i] if i in seen else slots[i] for i in sources]
 
     if layer.outputs != (layer.name,):
 

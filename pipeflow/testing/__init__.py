@@ -11,14 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeflow.testing.costs import clusters, costs, problems
+    from pipeflow.testing.drawn_plans import check_program, plans
+    from pipeflow.testing.drawn_problems import clusters, costs, problems
     from pipeflow.testing.graphs import batches, layer_graphs
     from pipeflow.testing.layout import check_layout_invariance
+    from pipeflow.testing.made_up_costs import unit_costs
     from pipeflow.testing.partitioners import check_partitioner
     from pipeflow.testing.partitions import check_partition
-    from pipeflow.testing.plans import check_program, plans
     from pipeflow.testing.processes import RankResult, run_ranks
-    from pipeflow.testing.unit_costs import unit_costs
 
 _HOME = {
     "RankResult": "processes",
@@ -26,14 +26,14 @@ _HOME = {
     "check_layout_invariance": "layout",
     "check_partition": "partitions",
     "check_partitioner": "partitioners",
-    "check_program": "plans",
-    "clusters": "costs",
-    "costs": "costs",
+    "check_program": "drawn_plans",
+    "clusters": "drawn_problems",
+    "costs": "drawn_problems",
     "layer_graphs": "graphs",
-    "plans": "plans",
-    "problems": "costs",
+    "plans": "drawn_plans",
+    "problems": "drawn_problems",
     "run_ranks": "processes",
-    "unit_costs": "unit_costs",
+    "unit_costs": "made_up_costs",
 }
 
 __all__ = [

@@ -56,11 +56,8 @@ def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: f
     """
     for step, (a, b) in enumerate(zip(expected[0], seen[0], strict=True)):
         for name in a:
-            same = (
-                a[name] == b[name]
-                if tolerance is None
-                else abs(a[name] - b[name]) <= tolerance * max(1.0, abs(a[name]))
-            )
+            close = tolerance is not None and abs(a[name] - b[name]) <= tolerance * max(1.0, abs(a[name]))
+            same = a[name] == b[name] or close or (a[name] != a[name] and b[name] != b[name])
             assert same, f"{story}: loss {name!r} of step {step} is {b[name]!r}, on one device {a[name]!r}"
     assert expected[1].keys() == seen[1].keys(), f"{story}: the state has other names than on one device"
     for name, value in expected[1].items():

@@ -69,6 +69,15 @@ def test_a_cluster_file_says_what_there_is(costs_file: Path, tmp_path: Path) -> 
     assert Plan.model_validate_json(done.stdout).cluster == cluster
 
 
+def test_devices_and_a_cluster_contradict_each_other(costs_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.json"
+    Cluster.uniform(2).save(path)
+    arguments = ["plan", str(costs_file), "--cluster", str(path), "--devices", "2", "--batch-size", "4"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 2
+    assert "give one" in done.stderr
+
+
 def test_what_does_not_fit_is_a_negative_result(costs_file: Path) -> None:
     arguments = ["plan", str(costs_file), "--devices", "2", "--batch-size", "4", "--memory", "100"]
     done = CliRunner().invoke(cli, arguments)

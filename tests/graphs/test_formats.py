@@ -80,13 +80,17 @@ def test_dnn_partitioning_refuses(tmp_path: Path, data: object, story: str) -> N
         FORMATS["dnn-partitioning"](written(tmp_path, data))
 
 
-PIPEDREAM = """\
-node1 -- Input -- forward_compute_time=9.0, backward_compute_time=0.0, activation_size=64.0, parameter_size=0.0
-node3 -- LSTM(4, 4) -- forward_compute_time=2.0, backward_compute_time=3.0, activation_size=[8.0; 2.0], parameter_size=7.0
-node2 -- Conv2d(3, 64, kernel_size=(3, 3)) -- forward_compute_time=1.0, backward_compute_time=1.0, activation_size=4.0, parameter_size=5.0
-\tnode1 -- node2
-\tnode2 -- node3
-"""
+def pipedream_node(name: str, what: str, forward: float, backward: float, moved: str, parameters: float) -> str:
+    times = f"forward_compute_time={forward}, backward_compute_time={backward}"
+    return f"{name} -- {what} -- {times}, activation_size={moved}, parameter_size={parameters}\n"
+
+
+PIPEDREAM = (
+    pipedream_node("node1", "Input", 9.0, 0.0, "64.0", 0.0)
+    + pipedream_node("node3", "LSTM(4, 4)", 2.0, 3.0, "[8.0; 2.0]", 7.0)
+    + pipedream_node("node2", "Conv2d(3, 64, kernel_size=(3, 3))", 1.0, 1.0, "4.0", 5.0)
+    + "\tnode1 -- node2\n\tnode2 -- node3\n"
+)
 
 
 def test_pipedream(tmp_path: Path) -> None:

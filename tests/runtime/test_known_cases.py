@@ -81,6 +81,15 @@ def shared_weight_used_twice() -> pf.LayerGraph:
     return finish(graph, again)
 
 
+def shared_weight_first_used_where_nothing_learns() -> pf.LayerGraph:
+    """The first layer that has the weight is a dead end; the weight is trained through the second."""
+    module = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+    graph = pf.LayerGraph("dead end")
+    x = graph.input("x", ("B", WIDTH), dtype="float64")
+    graph.add("dead", module, x)
+    return finish(graph, graph.add("used", module, x))
+
+
 class Half(torch.autograd.Function):
     """Passes half of the gradient on."""
 
@@ -158,6 +167,16 @@ def nobody_reads_an_output() -> pf.LayerGraph:
     return finish(graph, graph.add("second", linear(), h))
 
 
+def read_twice_by_one_layer() -> pf.LayerGraph:
+    """A layer that reads a tensor in two places adds those gradients up before anybody else's."""
+    graph, h = start("both")
+    both = graph.add("both", pf.lazy(nn.Bilinear, WIDTH, WIDTH, WIDTH, dtype=torch.float64), h, h)
+    target = graph.input("other", ("B", WIDTH), dtype="float64")
+    graph = finish(graph, both)
+    graph.loss("side", nn.functional.mse_loss, graph.add("tail", linear(), h), target)
+    return graph
+
+
 def gradient_is_a_view() -> pf.LayerGraph:
     """What `cat` gives back is a part of a larger tensor; over it, kernels add in another order."""
     graph, h = start("cat")
@@ -172,6 +191,7 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     several_inputs_with_kwargs,
     output_is_a_view,
     shared_weight_used_twice,
+    shared_weight_first_used_where_nothing_learns,
     custom_autograd_function,
     multi_output_intermediates,
     skip_one_to_three,
@@ -179,6 +199,7 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     input_and_loss_on_every_stage,
     parallel_branches,
     nobody_reads_an_output,
+    read_twice_by_one_layer,
     gradient_is_a_view,
 ]
 SIZES = [(10,), (8, 4, 12), (3, 1)]
@@ -227,6 +248,17 @@ def test_layers_that_share_weights_are_not_split() -> None:
     with pytest.raises(PlanError, match="share parameters and must share a stage"):
         make_plan(graph, [(names[:2], (0,)), (names[2:], (1,))])
     assert pf.plan(graph, unit_costs(graph), pf.Cluster.uniform(2), batch_size=4).stages
+
+
+def test_costs_that_know_of_no_parameters_are_refused() -> None:
+    graph = parameter_alias()
+    costs = unit_costs(graph)
+    bare = costs.model_copy(
+        update={"layers": tuple(layer.model_copy(update={"parameter_bytes": 0}) for layer in costs.layers)}
+    )
+    plan = pf.plan(None, bare, pf.Cluster.uniform(2), batch_size=4, num_stages=2)
+    with pytest.raises(PlanError, match=r"has \d+ bytes of parameters, but by the plan's costs"):
+        pf.Engine(graph, plan, torch.optim.SGD)
 
 
 def test_a_layer_that_changes_its_input_is_refused() -> None:

@@ -19,9 +19,6 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
         size = graph.specs[name].bytes_at(samples)
         return TensorCosts(name=name, bytes=size, gradient_bytes=size if name in graph.differentiable else 0)
 
-    parameter_bytes = dict.fromkeys(graph.layers, 0)
-    for name, spec in graph.parameters.items():
-        parameter_bytes[graph.owner(name)] += spec.bytes_at(1)
     return GraphCosts(
         name=graph.name,
         samples=samples,
@@ -35,8 +32,8 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
                 outputs=tuple(tensor(t) for t in layer.outputs),
                 forward_seconds=seconds,
                 backward_input_seconds=seconds if layer.has_backward else 0.0,
-                backward_weight_seconds=seconds if layer.has_backward and parameter_bytes[name] else 0.0,
-                parameter_bytes=parameter_bytes[name],
+                backward_weight_seconds=seconds if layer.has_backward and graph.parameter_bytes[name] else 0.0,
+                parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=sum(graph.specs[t].bytes_at(samples) for t in layer.outputs),
                 has_backward=layer.has_backward,
                 replicable=not layer.mutated_buffers,

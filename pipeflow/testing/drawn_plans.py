@@ -21,8 +21,8 @@ from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.program import Compute, Kind, Mode, Program
 from pipeflow.schedules import SCHEDULES
 from pipeflow.simulator import simulate
-from pipeflow.testing.costs import clusters
-from pipeflow.testing.costs import costs as any_costs
+from pipeflow.testing.drawn_problems import clusters
+from pipeflow.testing.drawn_problems import costs as any_costs
 from pipeflow.timeline import Timeline
 from pipeflow.verifier import verify
 
