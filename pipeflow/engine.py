@@ -375,8 +375,6 @@ class Engine(AbstractContextManager["Engine"]):
             raise error
         self._failed = str(error)
         if isinstance(error, Aborted):
-            if self._remote is not None and self._remote.disagreement:
-                raise BatchError(self._remote.disagreement) from None
             reported = None if self._remote is None else self._remote.failure()
             rank = -1 if self._remote is None else self._remote.rank
             raise reported or LayerFailure(

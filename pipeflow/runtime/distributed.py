@@ -5,8 +5,8 @@ groups of their own, so that none waits behind another. Object collectives are n
 unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
 
 Messages are tagged with the number of samples in the batch, so that ranks which disagree about
-it never take each other's data; a small sum that travels beside the step finds out, and breaks
-the groups [2].
+it never take each other's data but wait; a watch on each rank, which costs a step nothing, then
+compares the numbers through the store and breaks the groups [2].
 
 When a rank fails it writes what happened to the store and breaks its groups; its peers' waits
 then raise within milliseconds, they read the record, and break theirs in turn. gloo has no call
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from pipeflow.runtime.transport import Aborted, Payload
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
 _ABORT_TAG = (1 << 31) - 1
+_WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
 _RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
 
 
@@ -179,7 +181,10 @@ class DistributedTransport:
         self._channels: dict[int, _Channel] = {}
         self._sizes: Sequence[int] = ()
         self._tag = 0
-        self.disagreement = ""
+        self._step = 0
+        self._started: float | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name=f"pipeflow-watch-{self.rank}", daemon=True).start()
         self._layouts: dict[tuple[str, int], tuple[tuple[int, ...], torch.dtype, int]] = {}
         self._sent: dict[int, deque[_Sent]] = {}
 
@@ -209,7 +214,8 @@ class DistributedTransport:
     def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
         self._tag = sum(sizes)
-        self._start_agreement(self._tag)
+        self._step += 1
+        self._started = time.monotonic()
         self._channels = {}
         for receive in receives:
             self._channels.setdefault(receive.peer, _Channel()).waiting.append(receive)
@@ -217,28 +223,32 @@ class DistributedTransport:
             for _ in range(_POSTED_AHEAD):
                 self._post(channel)
 
-    def _start_agreement(self, num_samples: int) -> None:
-        """[2]: equal sums of numbers and of squares mean equal numbers."""
-        sums = torch.tensor([num_samples, num_samples**2], dtype=torch.float64)
-        num_ranks = dist.get_world_size()
+    def _watch(self) -> None:
+        """[2] in a thread of its own: says how large this rank's batch is once a step takes long."""
+        published = -1
+        while not self._closed.wait(_WATCH_INTERVAL):
+            step, num_samples, started = self._step, self._tag, self._started
+            if started is None or time.monotonic() - started < _WATCH_INTERVAL:
+                continue
+            key = f"samples of step {step} on rank "
+            with suppress(RuntimeError):
+                if published != step:
+                    self._store.set(f"{key}{self.rank}", str(num_samples))
+                    published = step
+                if self._store.check([f"{key}0"]) and int(self._store.get(f"{key}0")) != num_samples:
+                    self._disagree(step, num_samples, int(self._store.get(f"{key}0")))
+                    return
 
-        def check(future: torch.futures.Future[Any]) -> None:
-            try:
-                future.value()
-            except RuntimeError:
-                return  # a peer is gone; whoever waits for it finds out
-            mean, square = (sums / num_ranks).tolist()
-            if (mean, square) != (num_samples, num_samples**2):
-                self.disagreement = (
-                    f"this rank's batch has {num_samples} samples, the {num_ranks} ranks' average is {mean:g}; every "
-                    "rank must be given the same batch"
-                )
-                self.abort()
-
-        try:
-            dist.all_reduce(sums, group=self._control, async_op=True).get_future().then(check)
-        except RuntimeError as error:
-            raise Aborted(str(error)) from error
+    def _disagree(self, step: int, num_samples: int, others: int) -> None:
+        message = (
+            f"BatchError: the batch has {num_samples} samples on rank {self.rank} and {others} on rank 0; every rank "
+            "must be given the same batch"
+        )
+        self.report(
+            LayerFailure(
+                rank=self.rank, stage=None, layer=None, microbatch=None, step=step, phase="batch", original=message
+            )
+        )
 
     def _post(self, channel: _Channel) -> None:
         if not channel.waiting:
@@ -308,6 +318,7 @@ class DistributedTransport:
             for sent in self._sent.values():
                 while sent:
                     _wait(sent.popleft())
+            self._started = None
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 
@@ -387,7 +398,8 @@ class DistributedTransport:
                         group.recv([torch.empty(1)], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
-        """Lets go of the groups."""
+        """Ends the watch and lets go of the groups."""
+        self._closed.set()
         for group in (*self._reduce.values(), self._control):
             with suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(group)
