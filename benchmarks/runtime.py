@@ -155,7 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the rows, prints the table and writes it to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="counted steps of each contender")
+    parser.add_argument("--steps", type=int, default=40, help="counted steps of each contender")
     parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written then")
     options = parser.parse_args()
     rows = [measure(case, options.steps) for case in CASES if options.only in case.name]

@@ -40,6 +40,8 @@ from pipeflow.runtime.transport import Aborted, Payload
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
 _ABORT_TAG = (1 << 31) - 1
+_SHARE_TAG = 0
+_DIRECT_RANKS = 8  # up to so many ranks share losses directly, more by an all-reduce
 _WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
 _RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
 
@@ -328,7 +330,27 @@ class DistributedTransport:
         return self._start_sum(tensor, self._reduce[stage])
 
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
-        return self._start_sum(values, self._control)
+        num_ranks = dist.get_world_size()
+        if num_ranks > _DIRECT_RANKS:
+            return self._start_sum(values, self._control)
+        # Few ranks tell each other: the last to compute, for whom all wait, then waits for nobody.
+        peers = [rank for rank in range(num_ranks) if rank != self.rank]
+        parts = {self.rank: values} | {peer: torch.empty_like(values) for peer in peers}
+        try:
+            works = [self._control.recv([parts[peer]], peer, _SHARE_TAG) for peer in peers]
+            works += [self._control.send([values], peer, _SHARE_TAG) for peer in peers]
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
+
+        def wait() -> Tensor:
+            try:
+                for work in works:
+                    work.wait()
+            except RuntimeError as error:
+                raise Aborted(str(error)) from error
+            return torch.stack([parts[rank] for rank in range(num_ranks)]).sum(0)
+
+        return wait
 
     def _start_sum(self, tensor: Tensor, group: Any) -> Callable[[], Tensor]:
         try:
