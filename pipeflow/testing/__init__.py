@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeflow.testing.drawn_options import training_options
     from pipeflow.testing.drawn_plans import check_program, plans
     from pipeflow.testing.drawn_problems import clusters, costs, problems
     from pipeflow.testing.graphs import batches, layer_graphs
@@ -33,6 +34,7 @@ _HOME = {
     "plans": "drawn_plans",
     "problems": "drawn_problems",
     "run_ranks": "processes",
+    "training_options": "drawn_options",
     "unit_costs": "made_up_costs",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "plans",
     "problems",
     "run_ranks",
+    "training_options",
     "unit_costs",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ def train_reference(
     *,
     num_microbatches: int,
     seed: int = 0,
+    num_accumulated: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Trajectory:
     """What one device makes of the batches."""
-    reference = Reference(graph, optimizer, num_microbatches=num_microbatches, seed=seed)
-    losses = [dict(reference.step(batch).losses) for batch in batches]
+    reference = Reference(graph, optimizer, num_microbatches=num_microbatches, seed=seed, **(options or {}))
+    losses = _train(reference, batches, num_accumulated)
     losses.append(dict(reference.evaluate(batches[0]).losses))
     return losses, reference.state_dict()
 
@@ -39,12 +42,25 @@ def train_plan(
     optimizer: OptimizerFactory,
     *,
     seed: int = 0,
+    num_accumulated: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Trajectory:
     """What the engine makes of them: in threads, or on this rank of a process group."""
-    with Engine(graph, plan, optimizer, seed=seed, num_threads=1) as engine:
-        losses = [dict(engine.step(batch).losses) for batch in batches]
+    with Engine(graph, plan, optimizer, seed=seed, num_threads=1, **(options or {})) as engine:
+        losses = _train(engine, batches, num_accumulated)
         losses.append(dict(engine.evaluate(batches[0]).losses))
         return losses, engine.state_dict()
+
+
+def _train(
+    trainer: Engine | Reference, batches: Sequence[Mapping[str, Tensor]], num_accumulated: int
+) -> list[dict[str, float]]:
+    """The losses of every batch; after each `num_accumulated` without a step comes one with."""
+    losses = []
+    for i, batch in enumerate(batches):
+        last = i % (num_accumulated + 1) == num_accumulated or i == len(batches) - 1
+        losses.append(dict((trainer.step if last else trainer.accumulate)(batch).losses))
+    return losses
 
 
 def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: float | None, story: str) -> None:
@@ -76,6 +92,8 @@ def check_layout_invariance(
     *,
     optimizer: OptimizerFactory | None = None,
     seed: int = 0,
+    num_accumulated: int = 0,
+    options: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
 ) -> None:
     """Raises AssertionError unless the plan trains the graph as one device does.
@@ -88,6 +106,8 @@ def check_layout_invariance(
         plan: for it.
         batches: training steps to take, of any sizes.
         optimizer: by default SGD with momentum and small steps, so that rounding is not blown up.
+        num_accumulated: batches whose gradients are only added up, before each that steps.
+        options: further keyword options that engine and reference share (`training_options`).
         tolerance: relative; by default 1e-12, which float64 holds.
     """
 
@@ -99,9 +119,18 @@ def check_layout_invariance(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # kernels may add in another order with more
     try:
-        expected = train_reference(graph, batches, factory, num_microbatches=plan.num_microbatches, seed=seed)
-        seen = train_plan(graph, plan, batches, factory, seed=seed)
+        expected = train_reference(
+            graph,
+            batches,
+            factory,
+            num_microbatches=plan.num_microbatches,
+            seed=seed,
+            num_accumulated=num_accumulated,
+            options=options,
+        )
+        seen = train_plan(graph, plan, batches, factory, seed=seed, num_accumulated=num_accumulated, options=options)
     finally:
         torch.set_num_threads(threads)
     story = f"{plan.schedule} of {len(plan.stages)} stages on {plan.placement}, {plan.num_microbatches} micro-batches"
+    story += "".join(f", {name}={value!r}" for name, value in (options or {}).items())
     compare_trajectories(expected, seen, tolerance=None if single else tolerance or 1e-12, story=story)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, EngineError, LayerFailure, PipeflowError, PlanMismatch
-from pipeflow.testing import check_layout_invariance, layer_graphs, plans, run_ranks, unit_costs
+from pipeflow.testing import check_layout_invariance, layer_graphs, plans, run_ranks, training_options, unit_costs
 from pipeflow.testing.graphs import sample_batch
 from tests.runtime.models import (
     THREE_STAGES,
@@ -48,7 +48,8 @@ def drawn_cases(rank: int, num_ranks: int, num_cases: int, max_replicas: int) ->
         )
         sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=2))
         assume(plan.num_ranks == num_ranks)
-        check_layout_invariance(graph, plan, [sample_batch(graph, size, seed=i) for i, size in enumerate(sizes)])
+        batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(sizes)]
+        check_layout_invariance(graph, plan, batches, options=data.draw(training_options(graph)))
         checked += 1
 
     law()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeflow.testing import check_layout_invariance, layer_graphs, plans, unit_costs
+from pipeflow.testing import check_layout_invariance, layer_graphs, plans, training_options, unit_costs
 from pipeflow.testing.graphs import sample_batch
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3)
@@ -18,7 +18,8 @@ def test_single_replicas_are_bitwise_the_reference(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs(allow_random=True, allow_shared=True, allow_buffers=True))
     plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, graph_digest=graph.digest))
     batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(data.draw(SIZES))]
-    check_layout_invariance(graph, plan, batches)
+    options, num_accumulated = data.draw(training_options(graph)), data.draw(st.sampled_from([0, 0, 1]))
+    check_layout_invariance(graph, plan, batches, options=options, num_accumulated=num_accumulated)
 
 
 @given(data=st.data())
@@ -27,7 +28,8 @@ def test_replicas_agree_in_float64(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs(dtype="float64", allow_random=True, allow_shared=True, allow_buffers=True))
     plan = data.draw(plans(unit_costs(graph), max_ranks=6, max_replicas=3, graph_digest=graph.digest))
     batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(data.draw(SIZES))]
-    check_layout_invariance(graph, plan, batches)
+    options, num_accumulated = data.draw(training_options(graph)), data.draw(st.sampled_from([0, 0, 1]))
+    check_layout_invariance(graph, plan, batches, options=options, num_accumulated=num_accumulated)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
