@@ -1,0 +1,118 @@
+"""docs/supported.md is true: what it calls supported has a test, what it calls refused is refused.
+
+A case to refuse is a function of `REFUSED` below, under the words of the page's first column; the
+error that it raises must hold the words of the second.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pipeflow as pf
+from pipeflow.errors import PipeflowError
+from tests.runtime.models import THREE_STAGES, bomb_graph, forked_graph, make_plan, sgd
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "supported.md").read_text()
+
+
+def rows(heading: str) -> list[tuple[str, str]]:
+    """The two cells of each row of the table under a heading."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (.+?) \| (.+?) \|$", section, flags=re.MULTILINE)
+    return [(a, b) for a, b in cells[1:]]
+
+
+def chain(*layers: object) -> pf.LayerGraph:
+    """Linear, the layers, linear, and a loss."""
+    graph = pf.LayerGraph("chain")
+    h = graph.add("first", pf.lazy(nn.Linear, 4, 4), graph.input("x", ("B", 4)))
+    for i, layer in enumerate(layers):
+        h = graph.add(f"middle{i}", layer, h)
+    graph.loss("loss", torch.mean, graph.add("last", pf.lazy(nn.Linear, 4, 4), h))
+    return graph
+
+
+def changes_its_input() -> None:
+    chain(nn.ReLU(inplace=True))
+
+
+def shape_depends_on_data() -> None:
+    def positive(x: Tensor) -> Tensor:
+        return x[x > 0]
+
+    chain(positive)
+
+
+def loss_without_parameters() -> None:
+    graph = pf.LayerGraph("fixed")
+    graph.loss("loss", torch.mean, graph.input("x", ("B", 4)))
+    graph.check()
+
+
+def unread_input() -> None:
+    graph = chain()
+    graph.input("y", ("B",))
+    graph.check()
+
+
+def replicated_statistics() -> None:
+    graph = chain(pf.lazy(nn.BatchNorm1d, 4))
+    pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0, 1))]), sgd)
+
+
+def closure_optimizer() -> None:
+    graph = forked_graph()
+    pf.Engine(graph, make_plan(graph, THREE_STAGES), torch.optim.LBFGS)
+
+
+def plan_for_another_graph() -> None:
+    pf.Engine(bomb_graph("first", "never"), make_plan(forked_graph(), THREE_STAGES), sgd)
+
+
+def missing_device() -> None:
+    graph = chain()
+    plan = make_plan(graph, [(list(graph.layers), (0,))])
+    gpu = plan.cluster.devices[0].model_copy(update={"kind": "cuda"})
+    cluster = plan.cluster.model_copy(update={"devices": (gpu, *plan.cluster.devices[1:])})
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    pf.Engine(graph, plan.model_copy(update={"cluster": cluster}), sgd)
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "a layer that changes its input in place": changes_its_input,
+    "a shape that depends on data": shape_depends_on_data,
+    "a loss that no parameter reaches": loss_without_parameters,
+    "an input that no layer reads": unread_input,
+    "replicas of a layer with running statistics": replicated_statistics,
+    "an optimizer that needs a closure": closure_optimizer,
+    "a plan for another graph": plan_for_another_graph,
+    "a device that the machine lacks": missing_device,
+}
+
+
+@pytest.mark.parametrize(("what", "test"), rows("Supported"), ids=lambda cell: cell[:50])
+def test_what_is_supported_has_a_test(what: str, test: str) -> None:
+    path, _, name = test.strip("`").partition("::")
+    tree = ast.parse((ROOT / path).read_text())
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert name.startswith("test_")
+
+
+@pytest.mark.parametrize(("what", "words"), rows("Refused"), ids=lambda cell: cell[:50])
+def test_what_is_refused_is_refused_in_these_words(what: str, words: str) -> None:
+    with pytest.raises(PipeflowError, match=re.escape(words)):
+        REFUSED[what]()
+
+
+def test_every_case_is_on_the_page() -> None:
+    assert [what for what, _ in rows("Refused")] == list(REFUSED)
+    assert len(rows("Supported")) >= 10
