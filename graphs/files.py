@@ -66,7 +66,7 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
     check_prefixes(allow)
     name = os.fspath(path)
     try:
-        file = _Graph.model_validate(json.loads(Path(path).read_text(), object_pairs_hook=_unique))
+        file = _Graph.model_validate(json.loads(Path(path).read_bytes(), object_pairs_hook=_unique))
     except (ValueError, RecursionError) as error:  # of JSON, of text encoding, of pydantic
         raise FormatError(f"{name} is not a graph: {error}") from error
     _check_order(file)

@@ -54,13 +54,11 @@ def write(path: str | os.PathLike[str], key: Mapping[str, Any], costs: GraphCost
 
 def _load(path: str | os.PathLike[str]) -> _File:
     try:
-        text = Path(path).read_text()
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         return _File()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{os.fspath(path)} holds no costs: {error}; delete it or name another cache") from error
     try:
-        return _File.model_validate_json(text)
+        return _File.model_validate_json(content)
     except (ValueError, CostError) as error:
         raise FormatError(f"{os.fspath(path)} holds no costs: {error}; delete it or name another cache") from error
 

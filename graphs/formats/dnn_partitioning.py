@@ -17,7 +17,7 @@ import networkx as nx
 
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
-from pipeflow.graphs.formats.profile import Profile
+from pipeflow.graphs.formats.profile import Profile, refusing
 
 BANDWIDTH = 2.0**50
 """Bytes per second of the link that transfer times are expressed for."""
@@ -36,13 +36,8 @@ def read(path: Path, *, edge_scale: float = 1.0) -> Profile:
         FormatError: a key is missing or of the wrong type, an edge ends nowhere, or the nodes
             are in a cycle.
     """
-    try:
-        return _profile(path.stem, json.loads(path.read_text()), edge_scale)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise FormatError(f"{path} is not a dnn-partitioning workload: {what}") from error
+    with refusing(path, "a dnn-partitioning workload"):
+        return _profile(path.stem, json.loads(path.read_bytes()), edge_scale)
 
 
 def _profile(name: str, data: Mapping[str, Any], edge_scale: float) -> Profile:

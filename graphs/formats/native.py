@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts
-from pipeflow.graphs.formats.profile import Profile
+from pipeflow.graphs.formats.profile import Profile, refusing
 
 
 def read(path: Path) -> Profile:
@@ -17,8 +14,5 @@ def read(path: Path) -> Profile:
     Raises:
         FormatError: the file is not what it should be; the message names the key.
     """
-    try:
-        costs = GraphCosts.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise FormatError(f"{path} is not a file of pipeflow costs: {error}") from error
-    return Profile(format="pipeflow", costs=costs)
+    with refusing(path, "a file of pipeflow costs"):
+        return Profile(format="pipeflow", costs=GraphCosts.model_validate_json(path.read_bytes()))

@@ -16,7 +16,7 @@ import networkx as nx
 
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
-from pipeflow.graphs.formats.profile import Profile
+from pipeflow.graphs.formats.profile import Profile, refusing
 
 _MILLISECOND = 1e-3
 _FIELD = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]+)")
@@ -30,10 +30,15 @@ def read(path: Path) -> Profile:
         FormatError: a line is neither a node nor an edge, a value is missing or no number, an
             edge ends nowhere, or the nodes are in a cycle.
     """
+    with refusing(path, "a PipeDream profile"):
+        return _profile(path, path.read_text(encoding="utf-8-sig"))
+
+
+def _profile(path: Path, text: str) -> Profile:
     descriptions: dict[str, str] = {}
     values: dict[str, dict[str, float]] = {}
     graph: nx.DiGraph[str] = nx.DiGraph()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         parts = [part.strip() for part in line.split(" -- ")]
         if not line.strip():
             continue

@@ -18,7 +18,7 @@ import networkx as nx
 
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
-from pipeflow.graphs.formats.profile import Profile
+from pipeflow.graphs.formats.profile import Profile, refusing
 
 
 def read(path: Path) -> Profile:
@@ -28,13 +28,8 @@ def read(path: Path) -> Profile:
         FormatError: a key is missing or of the wrong type, an edge ends nowhere, the nodes are in a
             cycle, or a node has no alternative of degree 1 without recomputation.
     """
-    try:
-        return _profile(path.stem, json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
-        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        raise FormatError(f"{path} is not a Piper workload: {what}") from error
+    with refusing(path, "a Piper workload"):
+        return _profile(path.stem, json.loads(path.read_bytes()))
 
 
 def _profile(name: str, data: Mapping[str, Any]) -> Profile:

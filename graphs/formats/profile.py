@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from pydantic import Field
 
+from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.values import Bytes, Count, Value
 
@@ -40,3 +45,20 @@ class Profile(Value):
     sends_once: bool = False
     num_microbatches: Count | None = None
     state_ratio: float = Field(default=3.0, ge=0)
+
+
+@contextmanager
+def refusing(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a reader trips over in a file into a `FormatError` with the file's name.
+
+    Args:
+        path: of the file.
+        what: it should have been, for example "a Piper workload".
+    """
+    try:
+        yield
+    except FormatError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        story = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise FormatError(f"{path} is not {what}: {story}") from error

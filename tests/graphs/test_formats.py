@@ -152,6 +152,45 @@ def test_own_format(tmp_path: Path) -> None:
         FORMATS["pipeflow"](written(tmp_path, "{}"))
 
 
+BROKEN = [b"\xff\xfe\x00\x80", b"\x00" * 10, b"[" * 100_000, b"null", b"[]", b'{"nodes": 1}']
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
+def test_what_is_no_such_file_at_all(tmp_path: Path, format: str, content: bytes) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="broken"):
+        FORMATS[format](path)
+
+
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        ("pipedream", PIPEDREAM.replace("time=2.0", "time=-2.0")),
+        ("pipedream", PIPEDREAM.replace("=4.0", "=inf")),
+        ("piper", json.dumps({**piper(), "maxMemoryPerDevice": float("inf")})),
+        ("piper", json.dumps({**piper(), "bandwidth": 0})),
+        ("dnn-partitioning", json.dumps(workload(maxSizePerFPGA=float("nan")))),
+    ],
+)
+def test_amounts_that_nothing_can_cost(tmp_path: Path, format: str, text: str) -> None:
+    with pytest.raises(FormatError, match="small.json"):
+        FORMATS[format](written(tmp_path, text))
+
+
+def test_files_of_other_editors_are_read_alike(tmp_path: Path) -> None:
+    plain = FORMATS["pipedream"](written(tmp_path, PIPEDREAM))
+    for text in (
+        "\ufeff" + PIPEDREAM,
+        PIPEDREAM.replace("\n", "\r\n"),
+        PIPEDREAM.replace("\t", "    "),
+        PIPEDREAM + "\n\n",
+    ):
+        (tmp_path / "small.json").write_bytes(text.encode())
+        assert FORMATS["pipedream"](tmp_path / "small.json") == plain
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("format", "pattern"),
