@@ -125,7 +125,11 @@ def _moved_seconds(problem: PartitionProblem, stages: Sequence[Stage], atom: int
     layers = [list(stage.layers) for stage in stages]
     layers[giver] = [name for name in layers[giver] if name not in names]
     layers[taker] = sorted({*layers[taker], *names}, key=position.__getitem__)
-    moved = tuple(Stage(layers=tuple(part), mesh=s.mesh) for part, s in zip(layers, stages, strict=True))
+    again = {name for stage in stages for name in stage.recompute}
+    moved = tuple(
+        Stage(layers=tuple(part), mesh=s.mesh, recompute=tuple(name for name in part if name in again))
+        for part, s in zip(layers, stages, strict=True)
+    )
     if stages[taker].num_replicas > 1 and not problem.atoms.replicable[atom]:
         return math.inf
     return math.inf if shortfall(problem, moved) else objective(problem, moved)

@@ -17,7 +17,11 @@ reduce     the ring all-reduce of its gradients (2 (R - 1) / R of the bytes and 
 With `overlap` the longer of compute and transfers counts instead of the sum. The objective is
 the largest sum over the stages of any one device. A replica holds
 
-    parameters + gradients + optimizer state + in flight * (saved + received activations).
+    parameters + gradients + optimizer state + in flight * (kept + received activations) + transient
+
+kept       what its layers save for backward, recomputed ones left out, and transient what a run of
+           those saves while its backward runs (`pipeflow.partitioners.activations`). Their forward
+           is counted twice in compute.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeflow.graphs.costs import LayerCosts
+from pipeflow.partitioners.activations import stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
@@ -37,7 +42,8 @@ class StageTerms:
     """What one stage costs, term by term.
 
     Attributes:
-        compute_seconds: forward and backward of one micro-batch on its slowest device.
+        compute_seconds: forward and backward of one micro-batch on its slowest device, what is
+            recomputed for backward included.
         transfer_seconds: of one micro-batch, both directions.
         reduce_seconds: of one iteration.
         seconds: of its slowest replica per micro-batch of the batch (see the head of the module).
@@ -62,10 +68,15 @@ class StageTerms:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
-def compute_seconds(layers: Iterable[LayerCosts], device: Device) -> float:
-    """Forward and backward of one micro-batch of the layers on the device."""
-    by_kind = device.speed_by_kind
-    return math.fsum(layer.seconds / by_kind.get(layer.kind, device.speed) for layer in layers)
+def compute_seconds(layers: Iterable[LayerCosts], device: Device, again: Iterable[LayerCosts] = ()) -> float:
+    """Forward and backward of one micro-batch of the layers on the device.
+
+    Args:
+        again: those of the layers whose forward runs a second time, for backward.
+    """
+    by_kind, speed = device.speed_by_kind, device.speed
+    seconds = [layer.seconds / by_kind.get(layer.kind, speed) for layer in layers]
+    return math.fsum(seconds + [layer.forward_seconds / by_kind.get(layer.kind, speed) for layer in again])
 
 
 def link_seconds(cluster: Cluster, amount: int, sources: Sequence[int], targets: Sequence[int]) -> float:
@@ -106,16 +117,18 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         stage, count = stages[index], stages[index].num_replicas
         following += count
         layers = [costs.layer_by_name[name] for name in stage.layers]
+        again = [costs.layer_by_name[name] for name in stage.recompute]
         parameters = sum(layer.parameter_bytes for layer in layers)
         transfers = math.fsum(moved[index])
         reduction = reduce_seconds(cluster, parameters, stage.devices)
-        computes = [compute_seconds(layers, cluster.devices[d]) for d in stage.devices]
+        computes = [compute_seconds(layers, cluster.devices[d], again) for d in stage.devices]
         share = problem.share(count)
         by_device = tuple(
             share * (max(c, transfers) if problem.overlap else c + transfers) + reduction * problem.reductions(count)
             for c in computes
         )
         in_flight = problem.in_flight(Position(count, following, problem.num_microbatches))
+        kept, transient = stage_activations(costs, stage)
         result.append(
             StageTerms(
                 compute_seconds=max(computes),
@@ -127,7 +140,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
                 parameter_bytes=parameters,
                 gradient_bytes=math.ceil(problem.gradient_ratio * parameters),
                 optimizer_bytes=math.ceil(problem.optimizer_ratio * parameters),
-                activation_bytes=in_flight * (sum(layer.saved_bytes for layer in layers) + received[index]),
+                activation_bytes=in_flight * (kept + received[index]) + (transient if in_flight else 0),
             )
         )
     return tuple(reversed(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -38,15 +39,52 @@ class Stage(Value):
     Attributes:
         layers: names, in the graph's order.
         mesh: its devices.
+        recompute: those of the layers that keep nothing for backward and are computed again for it,
+            in the order of `layers`. What that saves and costs is in `pipeflow.partitioners.activations`.
+
+    Raises:
+        PlanError: a recomputed layer is not among the layers, stands twice or out of their order.
     """
 
     layers: tuple[str, ...] = Field(min_length=1)
     mesh: Mesh
+    recompute: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.recompute:
+            return self
+        chosen = set(self.recompute)
+        if foreign := sorted(chosen.difference(self.layers)):
+            raise PlanError(
+                f"recompute names {foreign[0]!r}, which is not a layer of the stage ({', '.join(self.layers)}); "
+                "name layers of the stage"
+            )
+        if self.recompute != tuple(name for name in self.layers if name in chosen):
+            raise PlanError(f"recompute={self.recompute}; name each layer once, in the order of the stage's layers")
+        return self
 
     @classmethod
-    def replicated(cls, layers: tuple[str, ...] | list[str], devices: tuple[int, ...] | list[int]) -> Stage:
-        """A stage with one data-parallel replica on each of `devices`."""
-        return cls(layers=tuple(layers), mesh=Mesh(devices=tuple(devices), axes=(("replica", len(devices)),)))
+    def replicated(
+        cls,
+        layers: tuple[str, ...] | list[str],
+        devices: tuple[int, ...] | list[int],
+        *,
+        recompute: Collection[str] = (),
+    ) -> Stage:
+        """A stage with one data-parallel replica on each of `devices`.
+
+        Args:
+            recompute: which of the layers to compute again for backward, in any order.
+        """
+        mesh = Mesh(devices=tuple(devices), axes=(("replica", len(devices)),))
+        return cls(layers=tuple(layers), mesh=mesh).with_recompute(recompute)
+
+    def with_recompute(self, layers: Collection[str]) -> Stage:
+        """The same stage with these of its layers recomputed, in any order, and no others."""
+        chosen = set(layers)
+        known = tuple(name for name in self.layers if name in chosen)
+        return Stage(layers=self.layers, mesh=self.mesh, recompute=(*known, *sorted(chosen.difference(known))))
 
     @property
     def devices(self) -> tuple[int, ...]:

@@ -102,6 +102,8 @@ class Engine(AbstractContextManager["Engine"]):
         graph.check()
         _check_match(graph, plan)
         verify(plan)
+        if any(stage.recompute for stage in plan.stages):
+            raise PlanError("the plan recomputes layers, which this version does not run; plan with recompute='never'")
         self.graph = graph
         self.plan = plan
         self._programs = {mode: lower(plan, mode=mode) for mode in Mode}

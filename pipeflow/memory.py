@@ -3,8 +3,9 @@
     always            parameters; and while training, for layers that learn, their gradients and
                       the optimizer's state
     receive           + the payload
-    F                 + what the stage saves for backward; without a backward, its outputs
-    B or I            + the gradients that it sends away
+    F                 + what the stage keeps for backward; without a backward, its outputs
+    B or I            + the gradients that it sends away; and while it lasts, what a run of recomputed
+                      layers saves (`pipeflow.partitioners.activations`)
     handed over       what a stage is given by another on the same rank counts as its own from
                       then on: gradients, and activations of a stage that is freed before it
     free stage,m      - all of that stage and micro-batch
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeflow.execution_plan import Plan
+from pipeflow.partitioners.activations import stage_activations
 from pipeflow.program import Action, Compute, Free, Kind, Mode, Program, Receive, Route
 from pipeflow.wiring import Wiring
 
@@ -68,10 +70,11 @@ _Handover = tuple[int, tuple[int, ...], int]
 
 @dataclass(frozen=True, slots=True)
 class _Ledger:
-    """Per stage: bytes that a forward and a backward add, and what may be handed over."""
+    """Per stage: bytes that a forward and a backward add, a backward holds meanwhile, and what may be handed over."""
 
     forward: list[int]
     backward: list[int]
+    transient: list[int]
     handed_forward: list[tuple[_Handover, ...]]
     handed_backward: list[tuple[_Handover, ...]]
     payload: dict[Route, int]
@@ -89,13 +92,13 @@ def _ledger(plan: Plan, wiring: Wiring) -> _Ledger:
             if not set(wiring.placement[route.source]).isdisjoint(wiring.placement[route.target])
         )
 
+    activations = [stage_activations(plan.costs, stage) for stage in plan.stages]
     return _Ledger(
         forward=[
-            sum(layers[n].saved_bytes for n in stage.layers)
-            if has_backward
-            else sum(t.bytes for n in stage.layers for t in layers[n].outputs)
-            for stage, has_backward in zip(plan.stages, wiring.has_backward, strict=True)
+            kept if has_backward else sum(t.bytes for n in stage.layers for t in layers[n].outputs)
+            for stage, (kept, _), has_backward in zip(plan.stages, activations, wiring.has_backward, strict=True)
         ],
+        transient=[transient for _, transient in activations],
         backward=[sum(payload[r] for r in out) for out in wiring.gradient_out],
         # While the producer waits for its backward, the activation is counted among what it saves.
         handed_forward=[
@@ -116,13 +119,14 @@ def _replay(rank: int, actions: Sequence[Action], ledger: _Ledger) -> tuple[int,
     for index, action in enumerate(actions):
         if isinstance(action, Compute):
             kind, stage, microbatch = action
-            key = (stage, microbatch)
+            key, meanwhile = (stage, microbatch), 0
             if kind is Kind.FORWARD:
                 amount, handed = ledger.forward[stage], ledger.handed_forward[stage]
             elif kind is Kind.BACKWARD_WEIGHT:
                 continue
             else:
                 amount, handed = ledger.backward[stage], ledger.handed_backward[stage]
+                meanwhile = ledger.transient[stage]
             for target, ranks, extra in handed:
                 if ranks[microbatch % len(ranks)] == rank:
                     held[target, microbatch] = held.get((target, microbatch), 0) + extra
@@ -131,7 +135,7 @@ def _replay(rank: int, actions: Sequence[Action], ledger: _Ledger) -> tuple[int,
                         amount -= extra
         elif isinstance(action, Receive):
             route = action.route
-            key = (route.target, action.microbatch)
+            key, meanwhile = (route.target, action.microbatch), 0
             amount = ledger.payload_by_id.get(id(route), -1)
             if amount < 0:
                 amount = ledger.payload_by_id[id(route)] = ledger.payload[route]  # the program keeps it alive
@@ -142,8 +146,8 @@ def _replay(rank: int, actions: Sequence[Action], ledger: _Ledger) -> tuple[int,
             continue
         held[key] = held.get(key, 0) + amount
         total += amount
-        if total > peak:
-            peak, position = total, index
+        if total + meanwhile > peak:
+            peak, position = total + meanwhile, index
     return peak, position, held
 
 

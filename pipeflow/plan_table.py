@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeflow.partitioners.objective import StageTerms, device_seconds, stage_terms
+from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.schedules import resolve_schedule
 from pipeflow.units import format_bytes, format_seconds
@@ -27,7 +28,8 @@ def plan_table(plan: Plan) -> str:
     Columns: compute and transfer seconds of one micro-batch on a device of the stage; reduce, the
     seconds of one gradient reduction; seconds, what the stage's busiest replica spends for each
     micro-batch of the batch; bytes of one replica, with the micro-batches that the schedule keeps
-    in flight. The stage on the busiest device that takes the longest is marked.
+    in flight. The stage on the busiest device that takes the longest is marked, and how many layers a
+    stage recomputes is said.
     """
     certificate = plan.certificate
     terms = _terms(plan)
@@ -42,7 +44,7 @@ def plan_table(plan: Plan) -> str:
             format_seconds(term.reduce_seconds),
             format_seconds(term.seconds),
             format_bytes(term.total_bytes),
-            "< bottleneck" if index == bottleneck else "",
+            _mark(stage, is_bottleneck=index == bottleneck),
         )
         for index, (stage, term) in enumerate(zip(plan.stages, terms, strict=True))
     ]
@@ -94,6 +96,13 @@ def _bottleneck(plan: Plan, terms: Sequence[StageTerms]) -> int:
     busiest = max(by_device, key=lambda device: (by_device[device], -device))
     on_it = [i for i, stage in enumerate(plan.stages) if busiest in stage.devices]
     return max(on_it, key=lambda i: (terms[i].seconds, -i))
+
+
+def _mark(stage: Stage, *, is_bottleneck: bool) -> str:
+    marks = ["< bottleneck"] if is_bottleneck else []
+    if stage.recompute:
+        marks.append(f"recomputes {_layers(stage.recompute)}")
+    return "  ".join(marks)
 
 
 def _layers(names: Sequence[str]) -> str:

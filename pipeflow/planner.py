@@ -18,6 +18,7 @@ from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.partitioners.recompute import Recompute, RecomputeChoice, cut_with_recompute, resolve_recompute
 from pipeflow.schedules import SCHEDULES, OrderFunction, Schedule, resolve_schedule
 from pipeflow.simulator import simulate
 from pipeflow.verifier import verify
@@ -48,6 +49,7 @@ def plan(
     optimizer_ratio: float = 2.0,
     max_replicas: int | None = None,
     overlap: bool = False,
+    recompute: RecomputeChoice = "never",
 ) -> Plan:
     """The plan with the shortest simulated iteration of all that are tried, verified.
 
@@ -68,9 +70,13 @@ def plan(
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
         max_replicas: at most so many replicas of any stage; 1 forbids replication.
         overlap: whether the partitioner counts transfers as running beside computes.
+        recompute: which layers keep nothing for backward and are computed again for it: "never",
+            "always", "fit" (on each stage those that cost the least time among what makes it fit its
+            devices, none where it fits), or names of layers, `*` and `?` allowed.
 
     Raises:
-        PlanError: an unknown name, a count below 1, or costs of another graph.
+        PlanError: an unknown name, a count below 1, a pattern that no layer fits, or costs of
+            another graph.
         Infeasible: no plan fits; the reasons say which device lacks how many bytes and for what.
     """
     if batch_size < 1:
@@ -94,6 +100,7 @@ def plan(
         batch_size=batch_size,
         partition=_resolve_partitioner(partitioner),
         schedules=_resolve_schedules(schedule),
+        recompute=resolve_recompute(recompute, costs),
     )
     best = search.run([num_microbatches] if num_microbatches else _candidates(batch_size))
     verify(best)
@@ -160,6 +167,7 @@ class _Search:
     batch_size: int
     partition: Partitioner
     schedules: tuple[Schedule, ...]
+    recompute: Recompute
 
     def run(self, counts: Sequence[int]) -> Plan:
         """The best plan over all numbers of micro-batches, schedules and limits of stages."""
@@ -171,7 +179,7 @@ class _Search:
             if best is not None and self._least_seconds(problem) > best.rank[0]:
                 continue
             try:
-                partition = self.partition(problem)
+                partition = self._cut(problem)
                 # The bound that is certified is that of the caller's problem, whose limits come first.
                 key = problem.num_microbatches, schedules[0].name
                 bound = bounds.setdefault(key, partition.certificate.lower_bound)
@@ -239,10 +247,13 @@ class _Search:
             if best is not None:
                 return best
             problem = replace(problem, cluster=_with_less_memory(problem.cluster, excess))
-            partition = self.partition(problem)
+            partition = self._cut(problem)
         raise Infeasible(
             [f"the {schedules[0].name} program of the partition needs {excess} bytes more than a device has"]
         )
+
+    def _cut(self, problem: PartitionProblem) -> Partition:
+        return cut_with_recompute(self.partition, problem, self.recompute)
 
     def _simulate(
         self, problem: PartitionProblem, partition: Partition, bound: float, row: Schedule

@@ -1,6 +1,7 @@
 """A program run by a clock instead of devices.
 
-    computes     the layers' seconds over the device's speed, one after the other on a rank;
+    computes     the layers' seconds over the device's speed, one after the other on a rank; what is
+                 recomputed runs its forward once more in B or I;
     messages     each directed pair of devices has a link of its own, first in, first out: a
                  message occupies it for bytes / bandwidth and arrives one latency later; sends
                  are posted and cost the sender nothing;
@@ -210,7 +211,12 @@ def _seconds_by_stage(plan: Plan, rank: int) -> dict[int, tuple[float, float, fl
         if rank in stage.devices:
             layers = [plan.costs.layer_by_name[name] for name in stage.layers]
             forward = math.fsum(layer.forward_seconds / speed(layer) for layer in layers)
-            inputs = math.fsum(layer.backward_input_seconds / speed(layer) for layer in layers)
+            # Backward starts with the forward of what is recomputed for it.
+            again = [plan.costs.layer_by_name[name] for name in stage.recompute]
+            inputs = math.fsum(
+                [layer.backward_input_seconds / speed(layer) for layer in layers]
+                + [layer.forward_seconds / speed(layer) for layer in again]
+            )
             weights = math.fsum(layer.backward_weight_seconds / speed(layer) for layer in layers)
             result[index] = (forward, inputs + weights, inputs, weights)
     return result
