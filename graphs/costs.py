@@ -47,7 +47,8 @@ class LayerCosts(Value):
         parameter_bytes: weights alone; gradients and optimizer state come on top.
         saved_bytes: what forward keeps for backward, outputs of the layer included.
         has_backward: whether backward passes through this layer at all.
-        replicable: False where replicas would not train as one device does (running statistics).
+        replicable: False where replicas would not train as one device does (buffers that a forward changes).
+        statistics_bytes: what replicas tell each other of each micro-batch (batch-norm's means and variances).
         spread: relative spread of the measured seconds (interquartile range over median).
     """
 
@@ -63,6 +64,7 @@ class LayerCosts(Value):
     saved_bytes: Bytes = 0
     has_backward: bool = True
     replicable: bool = True
+    statistics_bytes: Bytes = 0
     spread: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.layer import Source, kind_of
+from pipeflow.graphs.norms import norm_calls
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 
 # Fake kernels of these let dtypes pass that the real ones refuse.
@@ -40,6 +41,7 @@ class Run:
     gives_tuple: bool
     is_random: bool
     mutated: frozenset[str]
+    norm_calls: tuple[str, ...]
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
 
@@ -94,7 +96,7 @@ def run(
     before = {n: b._version for n, b in buffers.items()}
     # A module may already be on an accelerator; without data its inputs can be there too.
     device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
-    with torch.enable_grad(), mode, _Watch() as watch:
+    with torch.enable_grad(), mode, norm_calls(function) as calls, _Watch() as watch:
         tensors = [_fake(spec, samples, device) for spec in inputs]
         versions = [t._version for t in tensors]
         watch.is_random = False
@@ -120,6 +122,7 @@ def run(
         gives_tuple=isinstance(result, tuple | list),
         is_random=watch.is_random,
         mutated=mutated,
+        norm_calls=tuple(calls),
         strided_outputs=frozenset(i for i, t in enumerate(outputs) if not t.is_contiguous()),
         strided_gradients=_strided_gradients(mode, tensors, outputs),
     )

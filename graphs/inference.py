@@ -38,6 +38,7 @@ class Inferred:
         gives_tuple: whether the callable returns a tuple, of one tensor even.
         is_random: whether random numbers are drawn.
         mutated_buffers: names of buffers that the forward changes.
+        norm_calls: paths of the norms with running statistics that it calls, in order.
         strided_outputs: positions of outputs that are not contiguous.
         strided_gradients: positions of inputs whose gradients are not contiguous.
         parameters: spec of each parameter by its name in the module; each of a tie.
@@ -50,6 +51,7 @@ class Inferred:
     gives_tuple: bool
     is_random: bool
     mutated_buffers: tuple[str, ...]
+    norm_calls: tuple[str, ...]
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
     parameters: Mapping[str, TensorSpec]
@@ -166,6 +168,7 @@ def _infer(
         gives_tuple=first.gives_tuple,
         is_random=first.is_random or second.is_random,
         mutated_buffers=tuple(n for n in buffers if n in first.mutated | second.mutated),
+        norm_calls=first.norm_calls if first.norm_calls == second.norm_calls else (),
         strided_outputs=first.strided_outputs | second.strided_outputs,
         strided_gradients=first.strided_gradients | second.strided_gradients,
         parameters={n: spec_of(p) for n, p in parameters.items()},

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Reduction = Literal["mean", "sum"]
 """How a loss makes one number of many samples."""
 
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""The buffers of torch's norms that training changes."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Instance:
@@ -71,6 +74,7 @@ class Layer:
             every sample alike.
         is_random: whether a training forward draws random numbers.
         mutated_buffers: names of the buffers that a training forward changes.
+        norm_calls: paths of torch's norms with running statistics that it calls, in order (`norms`).
         strided_outputs: positions of outputs that it gives as views which are not contiguous.
         strided_gradients: positions of inputs whose gradients it gives as such.
         has_backward: whether training's backward passes through it.
@@ -88,9 +92,16 @@ class Layer:
     count: str | None = None
     is_random: bool = False
     mutated_buffers: tuple[str, ...] = ()
+    norm_calls: tuple[str, ...] = ()
     strided_outputs: frozenset[int] = frozenset()
     strided_gradients: frozenset[int] = frozenset()
     has_backward: bool = False
+
+    @property
+    def is_replicable(self) -> bool:
+        """Whether replicas can train it as one device: all it changes are statistics that they can exchange."""
+        known = {f"{norm}.{buffer}".lstrip(".") for norm in self.norm_calls for buffer in RUNNING_STATISTICS}
+        return known.issuperset(self.mutated_buffers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

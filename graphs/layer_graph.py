@@ -204,6 +204,7 @@ class LayerGraph:
             count=count,
             is_random=facts.is_random,
             mutated_buffers=facts.mutated_buffers,
+            norm_calls=facts.norm_calls,
             strided_outputs=facts.strided_outputs,
             strided_gradients=facts.strided_gradients,
         )
@@ -326,6 +327,16 @@ class LayerGraph:
             owners = sharers.get(name, [self.owner(name)])
             trains = (layer for layer in owners if self.layers[layer].has_backward)
             result[next(trains, owners[0])] += spec.bytes_at(0)
+        return MappingProxyType(result)
+
+    @cached_property
+    def statistics_bytes(self) -> Mapping[str, int]:
+        """Bytes that replicas of a layer tell each other of each micro-batch: a mean and a variance per norm called."""
+        result = {}
+        for name, layer in self._layers.items():
+            buffers = self._facts[name].buffers
+            means = (buffers[f"{norm}.running_mean".lstrip(".")] for norm in layer.norm_calls if layer.is_replicable)
+            result[name] = sum(2 * 8 * math.prod(mean.shape_at(0)) for mean in means)
         return MappingProxyType(result)
 
     @cached_property

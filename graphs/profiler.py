@@ -125,7 +125,8 @@ def _profile(
                 parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=runs[0].saved_bytes[name],
                 has_backward=layer.has_backward,
-                replicable=not layer.mutated_buffers,
+                replicable=layer.is_replicable,
+                statistics_bytes=graph.statistics_bytes[name],
                 spread=times.spread,
             )
         )

@@ -25,7 +25,7 @@ from pipeflow.flows import flows
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.lowering import lower
-from pipeflow.program import Mode, Program, Reduce, Send, Step, rank_of
+from pipeflow.program import Mode, Program, Send, Step, rank_of
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
@@ -171,6 +171,8 @@ class Engine(AbstractContextManager["Engine"]):
         for index, stage in enumerate(self.plan.stages):
             if rank in stage.devices:
                 replicas[index] = StageReplica(self.graph, stage.layers, device=self._devices[rank], seed=seed)
+                if stage.num_replicas > 1:
+                    replicas[index].record_statistics(self.graph)
                 if optimizer is not None:
                     replicas[index].make_optimizer(optimizer, lr_scheduler, groups)
         return replicas
@@ -218,10 +220,11 @@ class Engine(AbstractContextManager["Engine"]):
             carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in self.graph.layers[n].inputs),
             keep=outputs,
             train=train,
+            reduces=work == "step",
         )
         actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
         if work == "accumulate":
-            actions = tuple(action for action in actions if not isinstance(action, Reduce | Step))
+            actions = tuple(action for action in actions if not isinstance(action, Step))
         owned = {
             name: parameter
             for index, replica in self._replicas[rank].items()

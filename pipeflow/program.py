@@ -104,7 +104,7 @@ class Free(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """Start to sum the stage's gradients over its replicas; `Step` waits for it."""
+    """Start to sum the stage's gradients over its replicas, which `Step` waits for, and to tell their statistics."""
 
     stage: int
 

@@ -205,7 +205,7 @@ class _Check:
 
     def _reduce(self, action: Reduce) -> None:
         if not self._is_held(action.stage) or not self.wiring.has_reduction[action.stage]:
-            self._refuse(action, "reduces what has no gradients shared with this rank")
+            self._refuse(action, "reduces what has nothing shared with this rank")
         if (self.rank, action.stage) in self.reduced:
             self._refuse(action, "is done twice", action)
         self._check_gradients(action, action.stage)

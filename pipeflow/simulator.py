@@ -178,6 +178,7 @@ class _Clock:
             start = max(reached[latest][0], *(self.reduction_free[r] for r in ranks))
             layers = [self.plan.costs.layer_by_name[name] for name in self.plan.stages[stage].layers]
             amount = sum(layer.parameter_bytes for layer in layers if layer.has_backward)
+            amount += self.program.num_microbatches * sum(layer.statistics_bytes for layer in layers)
             end = start + reduce_seconds(self.plan.cluster, amount, ranks)
             self.reduced[stage] = (end, latest)
             for r in ranks:

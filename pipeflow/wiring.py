@@ -29,7 +29,7 @@ class Wiring:
         gradient_in, gradient_out: the same for gradients.
         has_backward: whether the stage computes a backward.
         has_parameters: whether it has parameters to train, and so a `Step`.
-        has_reduction: whether their gradients are summed over several replicas.
+        has_reduction: whether it has several replicas, which sum gradients or tell each other statistics.
         payload_bytes: of each route, for one micro-batch.
     """
 
@@ -101,7 +101,10 @@ def wire(plan: Plan, mode: Mode) -> Wiring:
         gradient_out=group(Direction.BACKWARD, by_source=True),
         has_backward=has_backward,
         has_parameters=has_parameters,
-        has_reduction=tuple(p and len(s.devices) > 1 for p, s in zip(has_parameters, plan.stages, strict=True)),
+        has_reduction=tuple(
+            len(s.devices) > 1 and (p or (training and any(layers[n].statistics_bytes for n in s.layers)))
+            for p, s in zip(has_parameters, plan.stages, strict=True)
+        ),
         payload_bytes={route: _payload_bytes(plan, route) for route in every},
     )
 
@@ -123,5 +126,6 @@ def _check_meshes(plan: Plan, *, training: bool) -> None:
                 if not plan.costs.layer_by_name[name].replicable:
                     raise PlanError(
                         f"stage {index} has {stage.num_replicas} replicas, but its layer {name!r} would not train as "
-                        "on one device with several (it is not replicable: running statistics); give the stage one"
+                        "on one device with several (it is not replicable: its forward changes buffers); give the "
+                        "stage one"
                     )

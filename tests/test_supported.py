@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pipeflow as pf
 from pipeflow.errors import PipeflowError
+from pipeflow.testing.graphs import RunningShift
 from tests.runtime.models import THREE_STAGES, bomb_graph, forked_graph, make_plan, sgd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,8 +64,8 @@ def unread_input() -> None:
     graph.check()
 
 
-def replicated_statistics() -> None:
-    graph = chain(pf.lazy(nn.BatchNorm1d, 4))
+def replicated_buffers() -> None:
+    graph = chain(pf.lazy(RunningShift, 4))
     pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0, 1))]), sgd)
 
 
@@ -92,7 +93,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a shape that depends on data": shape_depends_on_data,
     "a loss that no parameter reaches": loss_without_parameters,
     "an input that no layer reads": unread_input,
-    "replicas of a layer with running statistics": replicated_statistics,
+    "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     "an optimizer that needs a closure": closure_optimizer,
     "a plan for another graph": plan_for_another_graph,
     "a device that the machine lacks": missing_device,

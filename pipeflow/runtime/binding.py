@@ -52,6 +52,7 @@ class Binder:
         carried: (tensor, target stage) pairs that a forward transfer carries; others stay behind.
         keep: tensors to keep as outputs.
         train: whether backward will follow.
+        reduces: whether gradients are summed over replicas, or only added up here.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Binder:
     carried: frozenset[tuple[str, int]]
     keep: tuple[str, ...]
     train: bool
+    reduces: bool = True
 
     def bind(self, action: Action) -> Closure | None:
         """The action as a function, or None where nothing is left to do."""
@@ -142,7 +144,20 @@ class Binder:
             for name, slot in kept:
                 state.outputs.setdefault(name, {})[m] = slots[slot].detach()
 
-        return forward
+        return self._recorded(forward, index, m)
+
+    def _recorded(self, forward: Closure, index: int, m: int) -> Closure:
+        """The forward with its norms' statistics recorded, where replicas tell each other."""
+        statistics, sizes = self.state.stages[index].replica.statistics, self.state.sizes
+        if statistics is None or not self.train:
+            return forward
+
+        def recorded() -> None:
+            if sizes[m]:
+                with statistics.microbatch(m):
+                    forward()
+
+        return recorded
 
     def _backward(self, index: int, m: int) -> Closure:
         state, stage = self.state, self.state.stages[index]
@@ -234,11 +249,17 @@ class Binder:
 
         return free
 
-    def _reduce(self, index: int) -> Closure:
-        stage, transport = self.state.stages[index], self.transport
+    def _reduce(self, index: int) -> Closure | None:
+        stage, transport, sizes = self.state.stages[index], self.transport, self.state.sizes
+        statistics, reduces = stage.replica.statistics, self.reduces
+        if not reduces and statistics is None:
+            return None
 
         def reduce() -> None:
-            stage.finish_reduce = start_reduce(stage, transport, index)
+            if reduces:
+                stage.finish_reduce = start_reduce(stage, transport, index)
+            if statistics is not None:
+                stage.finish_statistics = statistics.start_exchange(transport, index, sizes)
 
         return reduce
 

@@ -100,6 +100,10 @@ class Executor:
         for stage in self.state.stages.values():
             stage.wait_reduce()
 
+    def _wait_statistics(self) -> None:
+        for stage in self.state.stages.values():
+            stage.wait_statistics()
+
     def _start_share(self) -> None:
         state = self.state
         table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches)
@@ -145,6 +149,7 @@ class Executor:
             self.transport.begin(self._receives, sizes)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()
+            self._wait_statistics()
             self.transport.end()
         except Aborted:
             self.state.clear()
@@ -152,6 +157,7 @@ class Executor:
         except NonFiniteError:
             for stage in self.state.stages.values():
                 stage.replica.drop_gradients()
+            self._wait_statistics()
             self.transport.end()
             raise
         except Exception as error:

@@ -32,6 +32,7 @@ class StageState:
         gradients: by micro-batch, gradients from other stages by part name.
         live: by micro-batch, the slots between its forward and its `Free`.
         finish_reduce: waits for the running sum of gradients, if one was started.
+        finish_statistics: waits for the replicas' statistics and takes them in, if they were sent.
     """
 
     compiled: CompiledStage
@@ -40,12 +41,19 @@ class StageState:
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None
+    finish_statistics: Callable[[], None] | None = None
 
     def wait_reduce(self) -> None:
         """Puts the summed gradients in place, if a sum was started."""
         if self.finish_reduce is not None:
             self.finish_reduce()
             self.finish_reduce = None
+
+    def wait_statistics(self) -> None:
+        """Takes in the statistics of all replicas, if they were sent."""
+        if self.finish_statistics is not None:
+            self.finish_statistics()
+            self.finish_statistics = None
 
 
 class RankState:
@@ -100,7 +108,7 @@ class RankState:
             stage.arrivals = [{} for _ in range(self.num_microbatches)]
             stage.gradients = [{} for _ in range(self.num_microbatches)]
             stage.live = [None] * self.num_microbatches
-            stage.finish_reduce = None
+            stage.finish_reduce = stage.finish_statistics = None
 
     def begin(self, batch: Mapping[str, Tensor], sizes: Sequence[int], *, share: float, draw: int) -> None:
         """Takes a batch that `check_batch` has passed, cut into `sizes`.
@@ -128,6 +136,8 @@ class RankState:
                 self.losses[name] = [None] * self.num_microbatches
             for layer in stage.replica.random_layers:
                 layer.step = draw
+            if stage.replica.statistics is not None:
+                stage.replica.statistics.begin()
 
     def _make_seeds(self, loss: Layer, factors: list[float], share: float) -> None:
         dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)

@@ -15,6 +15,7 @@ from pipeflow.errors import EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.randomness import RandomLayer, layer_key
+from pipeflow.runtime.running_statistics import RunningStatistics
 
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 """Makes an optimizer for the parameters it is given, those of one stage: a list of parameters, or
@@ -46,6 +47,7 @@ class StageReplica:
                 function = RandomLayer(function, key=layer_key(seed, name), device=device)
                 self.random_layers.append(function)
             self.functions[name] = function
+        self.statistics: RunningStatistics | None = None
         self.parameters = dict(named(self.modules, nn.Module.named_parameters))
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
@@ -70,6 +72,10 @@ class StageReplica:
                 "given to the optimizer, and freeze others with requires_grad=False before"
             )
         self.scheduler = scheduler(self.optimizer) if scheduler else None
+
+    def record_statistics(self, graph: LayerGraph) -> None:
+        """Lets the norms record what they see, to be exchanged with other replicas, where there are any."""
+        self.statistics = RunningStatistics([graph.layers[name] for name in self.layers], self.modules) or None
 
     def train(self, mode: bool) -> None:
         for module in self.modules.values():

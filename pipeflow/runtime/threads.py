@@ -61,7 +61,7 @@ class Exchange:
         self.placement = placement
         self._lock = threading.Lock()
         self._channels: dict[tuple[int, int], SimpleQueue[object]] = {}
-        self._sums: dict[tuple[str, int], tuple[_Sum, set[int]]] = {}
+        self._sums: dict[tuple[str, int], list[tuple[_Sum, set[int]]]] = {}
         self.aborted = False
 
     def channel(self, source: int, target: int) -> SimpleQueue[object]:
@@ -69,13 +69,17 @@ class Exchange:
             return self._channels.setdefault((source, target), SimpleQueue())
 
     def join_sum(self, kind: str, index: int, rank: int, num_ranks: int) -> _Sum:
-        """The running sum that this rank has not joined yet; the last to join closes it."""
+        """The first running sum that this rank has not joined yet; the last to join closes it."""
         key = (kind, index)
         with self._lock:
-            running, joined = self._sums.setdefault(key, (_Sum(num_ranks), set()))
+            queue = self._sums.setdefault(key, [])
+            pair = next((pair for pair in queue if rank not in pair[1]), None)
+            if pair is None:
+                queue.append(pair := (_Sum(num_ranks), set()))
+            running, joined = pair
             joined.add(rank)
             if len(joined) == num_ranks:
-                del self._sums[key]
+                queue.remove(pair)
             if self.aborted:
                 running.abort()
             return running
@@ -86,8 +90,9 @@ class Exchange:
             self.aborted = True
             for channel in self._channels.values():
                 channel.put(_STOP)
-            for running, _ in self._sums.values():
-                running.abort()
+            for queue in self._sums.values():
+                for running, _ in queue:
+                    running.abort()
 
     def clear(self) -> None:
         """Forgets everything on its way, after an abort; no rank may be running."""

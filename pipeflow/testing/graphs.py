@@ -67,6 +67,18 @@ class RunningShift(nn.Module):
         return x - shift
 
 
+class NormedFeatures(nn.Module):
+    """Batch-norm over samples and features together, so that one sample is enough."""
+
+    def __init__(self, momentum: float | None, affine: bool, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        # A large eps: features that are nearly alike must not blow up rounding.
+        self.norm = nn.BatchNorm1d(1, eps=0.01, momentum=momentum, affine=affine, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.norm(x.unsqueeze(1)).squeeze(1))
+
+
 class _Builder:
     """A graph being drawn, with the tensors of shape (B, width) that it has so far."""
 
@@ -185,6 +197,13 @@ def _running(b: _Builder) -> None:
     b.add("running", lazy(RunningShift, _width(x), dtype=b.dtype), x)
 
 
+def _batch_norm(b: _Builder) -> None:
+    x = b.pick()
+    if _width(x) > 1:
+        momentum = b.draw(st.sampled_from([0.1, None, 1.0]), label="momentum")
+        b.add("norm", lazy(NormedFeatures, momentum, b.draw(st.booleans(), label="affine"), dtype=b.dtype), x)
+
+
 _STEPS: tuple[Callable[[_Builder], None], ...] = (
     _linear,
     _mlp,
@@ -217,7 +236,7 @@ def layer_graphs(
         dtype: of inputs and parameters, "float32" or "float64".
         allow_random: layers that draw random numbers.
         allow_shared: layers that share their parameters.
-        allow_buffers: layers that change a buffer when training.
+        allow_buffers: layers that change a buffer when training: batch-norm, and one that replicas refuse.
         allow_instances: modules given as they are; without them and shared ones a graph can be saved.
     """
     if max_layers < 3:
@@ -227,6 +246,7 @@ def layer_graphs(
         (_shared, allow_shared),
         (_dropout, allow_random),
         (_running, allow_buffers),
+        (_batch_norm, allow_buffers),
     )
     steps = [*_STEPS, *(step for step, allowed in optional if allowed)]
     b = _Builder(draw, normalise_dtype(dtype))

@@ -36,7 +36,8 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
                 parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=sum(graph.specs[t].bytes_at(samples) for t in layer.outputs),
                 has_backward=layer.has_backward,
-                replicable=not layer.mutated_buffers,
+                replicable=layer.is_replicable,
+                statistics_bytes=graph.statistics_bytes[name],
             )
             for name, layer in graph.layers.items()
         ),

@@ -48,8 +48,9 @@ def test_a_profile_has_the_graphs_structure_and_bytes() -> None:
     assert by_name["a"].parameter_bytes == 4 * (64 + 8)
     assert by_name["b"].parameter_bytes == 0  # it is a's
     assert costs.colocated == (("a", "b"),)
-    assert by_name["norm"].replicable is False
-    assert all(by_name[n].replicable for n in by_name if n != "norm")
+    assert all(layer.replicable for layer in costs.layers)
+    assert by_name["norm"].statistics_bytes == 2 * 8 * 8
+    assert all(by_name[n].statistics_bytes == 0 for n in by_name if n != "norm")
     assert by_name["c"].outputs[0].bytes == 6 * 4 * 4
     assert by_name["c"].outputs[0].gradient_bytes == 6 * 4 * 4
     assert by_name["aside"].outputs[0].gradient_bytes == 0

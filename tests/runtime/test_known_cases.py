@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pipeflow as pf
 from pipeflow.errors import GraphError, PlanError
 from pipeflow.testing import check_layout_invariance, run_ranks, unit_costs
-from pipeflow.testing.graphs import concatenate, sample_batch
+from pipeflow.testing.graphs import RunningShift, concatenate, sample_batch
 from tests.runtime.models import make_plan
 
 WIDTH = 6
@@ -267,12 +267,12 @@ def test_a_layer_that_changes_its_input_is_refused() -> None:
         graph.add("relu", nn.ReLU(inplace=True), h)
 
 
-def test_running_statistics_are_not_replicated() -> None:
+def test_unknown_buffers_are_not_replicated() -> None:
     graph, h = start("running")
-    graph = finish(graph, graph.add("norm", pf.lazy(nn.BatchNorm1d, WIDTH, dtype=torch.float64), h))
+    graph = finish(graph, graph.add("shift", pf.lazy(RunningShift, WIDTH, dtype=torch.float64), h))
     names = list(graph.layers)
     plan = make_plan(graph, [(names[:2], (0, 1)), (names[2:], (1,))])
-    with pytest.raises(PlanError, match="norm"):
+    with pytest.raises(PlanError, match="layer 'shift' would not train as on one device with several"):
         pf.Engine(graph, plan, torch.optim.SGD)
     check_layout_invariance(
         graph,
