@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pipeflow.runtime.handover import quick_handover
+
 Task = Callable[[int], Any]
 
 
@@ -65,15 +67,16 @@ class Workers:
                 return self._run_here(task)
             finally:
                 torch.set_num_threads(before)
-        for tasks in self._tasks:
-            tasks.put(task)
         by_rank: dict[int, Any] = {}
         errors = []
-        for _ in self.ranks:
-            rank, result, error = self._results.get()
-            by_rank[rank] = result
-            if error is not None:
-                errors.append(error)
+        with quick_handover():
+            for tasks in self._tasks:
+                tasks.put(task)
+            for _ in self.ranks:
+                rank, result, error = self._results.get()
+                by_rank[rank] = result
+                if error is not None:
+                    errors.append(error)
         return [by_rank[rank] for rank in self.ranks], errors
 
     def _run_here(self, task: Task) -> tuple[list[Any], list[BaseException]]:
