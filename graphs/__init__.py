@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeflow.graphs.layer import Handle, Layer, lazy
     from pipeflow.graphs.layer_graph import LayerGraph
     from pipeflow.graphs.profiler import profile
+    from pipeflow.graphs.sizes import Length
     from pipeflow.graphs.tensor_spec import TensorSpec
 
 _MODULE_BY_NAME = {
@@ -21,6 +22,7 @@ _MODULE_BY_NAME = {
     "Layer": "layer",
     "LayerCosts": "costs",
     "LayerGraph": "layer_graph",
+    "Length": "sizes",
     "TensorCosts": "costs",
     "TensorSpec": "tensor_spec",
     "lazy": "layer",
@@ -33,6 +35,7 @@ __all__ = [
     "Layer",
     "LayerCosts",
     "LayerGraph",
+    "Length",
     "TensorCosts",
     "TensorSpec",
     "lazy",

@@ -6,14 +6,22 @@ Looks at what was said and at what inference found, not at the graph.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.layer import Function, Handle, Instance, Lazy, Reduction, Source
+from pipeflow.graphs.sizes import Dim, size_of
 
 if TYPE_CHECKING:
     from pipeflow.graphs.inference import Inferred
+
+
+def is_input_shape(shape: Sequence[Dim]) -> bool:
+    """Whether an input may have the shape: "B" first or nowhere, then fixed sizes and names of lengths."""
+    rest = [size_of(dim) for dim in (shape[1:] if shape[:1] == ("B",) else shape)]
+    plain = all(not size.batch and (not size.terms or size.dim == size.terms[0][0]) for size in rest)
+    return plain and (shape[:1] == ("B",) or any(size.terms for size in rest))
 
 
 def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:

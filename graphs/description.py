@@ -22,6 +22,7 @@ from torch import nn
 from pipeflow.errors import FormatError, GraphError
 from pipeflow.graphs.import_path import Role, path_of
 from pipeflow.graphs.layer import Function, Instance, Layer, Lazy, Source
+from pipeflow.graphs.sizes import Length
 from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
 
 if TYPE_CHECKING:
@@ -131,6 +132,12 @@ def encode_spec(spec: TensorSpec) -> Json:
     return {"shape": list(spec.shape), "dtype": spec.dtype}
 
 
+def encode_lengths(lengths: Mapping[str, Length]) -> Mapping[str, Json]:
+    """The limits of lengths under a key of their own; nothing where there are none."""
+    limits = {n: {"low": v.low, "high": v.high, "multiple_of": v.multiple_of} for n, v in lengths.items()}
+    return {"lengths": limits} if limits else {}
+
+
 def refuse(where: str, thing: object) -> Json:
     """The fallback of files: nothing else can be written.
 
@@ -216,6 +223,7 @@ def digest(graph: LayerGraph) -> str:
     """SHA-256 of the graph's structure, the same in every process."""
     description = {
         "name": graph.name,
+        **encode_lengths(graph.lengths),
         "inputs": {name: encode_spec(spec) for name, spec in graph.inputs.items()},
         "layers": [encode_layer(layer, graph.specs, describe) for layer in graph.layers.values()],
         "differentiable": sorted(graph.differentiable),

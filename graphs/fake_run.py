@@ -27,6 +27,7 @@ from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.layer import Source, kind_of
 from pipeflow.graphs.norms import norm_calls
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
+from pipeflow.graphs.trials import Trial
 
 # Fake kernels of these let dtypes pass that the real ones refuse.
 _SAME_DTYPE_OPS = frozenset({"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"})
@@ -89,21 +90,21 @@ def run(
     mode: FakeTensorMode,
     inputs: Sequence[TensorSpec],
     kwargs: Mapping[str, Any],
-    samples: int,
+    trial: Trial,
 ) -> Run:
-    """One training forward on fake tensors of `samples` samples."""
+    """One training forward on fake tensors of the sizes to try."""
     buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
     before = {n: b._version for n, b in buffers.items()}
     # A module may already be on an accelerator; without data its inputs can be there too.
     device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
     with torch.enable_grad(), mode, norm_calls(function) as calls, _Watch() as watch:
-        tensors = [_fake(spec, samples, device) for spec in inputs]
+        tensors = [_fake(spec, trial, device) for spec in inputs]
         versions = [t._version for t in tensors]
         watch.is_random = False
         try:
             result = function(*tensors, **kwargs)
         except Exception as error:
-            raise _refusal(name, source, function, inputs, samples, error) from error
+            raise _refusal(name, source, function, inputs, trial, error) from error
     if changed := [i for i, (t, v) in enumerate(zip(tensors, versions, strict=True)) if t._version != v]:
         raise GraphError(
             f"layer {name!r} ({kind_of(source)}) changes its input {changed[0]} in place; other layers and backward "
@@ -148,9 +149,10 @@ def _strided_gradients(
     return frozenset(i for i, g in zip(learned, gradients, strict=True) if g is not None and not g.is_contiguous())
 
 
-def _fake(spec: TensorSpec, samples: int, device: torch.device | None) -> torch.Tensor:
+def _fake(spec: TensorSpec, trial: Trial, device: torch.device | None) -> torch.Tensor:
     """A tensor without data. One that requires grad is not a leaf, as in the middle of a graph."""
-    tensor = torch.empty(spec.shape_at(samples), dtype=getattr(torch, spec.dtype), device=device or "cpu")
+    shape = spec.shape_at(trial.samples, dict(trial.lengths))
+    tensor = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device or "cpu")
     return tensor.requires_grad_().clone() if spec.requires_grad else tensor
 
 
@@ -186,7 +188,7 @@ def fake_copy(name: str, module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def _refusal(
-    name: str, source: Source, function: object, inputs: Sequence[TensorSpec], samples: int, error: Exception
+    name: str, source: Source, function: object, inputs: Sequence[TensorSpec], trial: Trial, error: Exception
 ) -> GraphError:
     """The error for a layer that does not run, from the exception it raised."""
     who = f"layer {name!r} ({kind_of(source)})"
@@ -205,7 +207,7 @@ def _refusal(
     return ShapeError(
         f"{who} does not take what it is given: {list_specs(inputs)}"
         f"{f'; it expects {expected}' if expected else ''}. "
-        f"{type(error).__name__}, tried with B={samples}: {reason}"
+        f"{type(error).__name__}, tried with {trial}: {reason}"
     )
 
 

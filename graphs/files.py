@@ -15,10 +15,11 @@ import networkx as nx
 from pydantic import Field
 
 from pipeflow.errors import FormatError, GraphError, ShapeError
-from pipeflow.graphs.description import Resolver, decode, encode_layer, encode_spec, refuse
+from pipeflow.graphs.description import Resolver, decode, encode_layer, encode_lengths, encode_spec, refuse
 from pipeflow.graphs.import_path import Role, check_prefixes, resolve
 from pipeflow.graphs.layer import Function, Lazy
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.sizes import Length
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.values import Value
 
@@ -43,9 +44,16 @@ class _Layer(Value):
     loss: _Loss | None = None
 
 
+class _Length(Value):
+    low: int = 1
+    high: int | None = None
+    multiple_of: int = 1
+
+
 class _Graph(Value):
     format: Literal["pipeflow-graph-1"]
     name: str
+    lengths: dict[str, _Length] = Field(default_factory=dict)
     inputs: dict[str, _Spec]
     layers: tuple[_Layer, ...]
 
@@ -55,6 +63,7 @@ def save(graph: LayerGraph, path: str | os.PathLike[str]) -> None:
     description = {
         "format": "pipeflow-graph-1",
         "name": graph.name,
+        **encode_lengths(graph.lengths),
         "inputs": {name: encode_spec(spec) for name, spec in graph.inputs.items()},
         "layers": [encode_layer(layer, graph.specs, refuse) for layer in graph.layers.values()],
     }
@@ -83,8 +92,9 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
         except FormatError as error:
             raise FormatError(f"{name}, layer {layer.name!r}: {error}") from error
     graph = LayerGraph(file.name)
+    lengths = {n: Length(n, limits.low, limits.high, limits.multiple_of) for n, limits in file.lengths.items()}
     for input_name, spec in file.inputs.items():
-        graph.input(input_name, spec.shape, spec.dtype)
+        graph.input(input_name, [lengths.get(str(dim), dim) for dim in spec.shape], spec.dtype)
     for layer in file.layers:
         _add(graph, layer, sources[layer.name], kwargs[layer.name])
     return graph

@@ -1,9 +1,9 @@
 """What a layer gives for what it is given, found by running it on tensors without data.
 
-A layer runs on fake tensors, in training mode, for two batch sizes: sizes that differ between
-the two grow with the batch. The same runs tell whether autograd records the outputs, whether
-random numbers are drawn and which buffers change. Neither the user's modules nor the
-process's random generators are touched.
+A layer runs on fake tensors, in training mode, for two batch sizes and some of every length
+(`pipeflow.graphs.trials`): how its sizes differ tells how they grow. The same runs tell whether
+autograd records the outputs, whether random numbers are drawn and which buffers change. Neither
+the user's modules nor the process's random generators are touched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,10 +23,10 @@ from pipeflow.graphs.building import make_module
 from pipeflow.graphs.fake_run import dtype_name, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.layer import Function, Instance, Lazy, Source
 from pipeflow.graphs.randomness import isolated
-from pipeflow.graphs.tensor_spec import Dim, TensorSpec
+from pipeflow.graphs.tensor_spec import TensorSpec
+from pipeflow.graphs.trials import FIXED_LENGTHS, Trial, fit
 
-BATCH_SIZES = (3, 5)
-"""Small, different, coprime: a size is a multiple of both only if it grows with the batch."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Inferred:
     """What is known of a layer after inference.
 
     Attributes:
-        outputs: specs, in order.
+        outputs: specs, in order. A size that follows its lengths by no rule is the length
+            "<output.dimension>", to be found for each length by `run_shapes`.
         gives_tuple: whether the callable returns a tuple, of one tensor even.
         is_random: whether random numbers are drawn.
         mutated_buffers: names of buffers that the forward changes.
@@ -60,7 +61,13 @@ class Inferred:
     ties: tuple[tuple[str, ...], ...]
 
 
-def infer(name: str, source: Source, inputs: Sequence[TensorSpec], kwargs: Mapping[str, Any]) -> Inferred:
+def infer(
+    name: str,
+    source: Source,
+    inputs: Sequence[TensorSpec],
+    kwargs: Mapping[str, Any],
+    trials: Sequence[Trial] = FIXED_LENGTHS,
+) -> Inferred:
     """Runs the layer without data.
 
     Args:
@@ -68,6 +75,7 @@ def infer(name: str, source: Source, inputs: Sequence[TensorSpec], kwargs: Mappi
         source: its callable.
         inputs: what it is called with.
         kwargs: constants of the call.
+        trials: sizes to try, the first two with the same lengths.
 
     Raises:
         ShapeError: the layer does not take those shapes or dtypes; or its output's shape
@@ -77,10 +85,23 @@ def infer(name: str, source: Source, inputs: Sequence[TensorSpec], kwargs: Mappi
     """
     default = torch.get_default_dtype()
     try:
-        key = (default, tuple(inputs), _key(source), *((k, _key(v)) for k, v in sorted(kwargs.items())))
-        return _answer(_Question(key, name, source, tuple(inputs), kwargs))
+        constants = ((k, _key(v)) for k, v in sorted(kwargs.items()))
+        key = (default, tuple(inputs), tuple(trials), _key(source), *constants)
+        return _answer(_Question(key, name, source, tuple(inputs), kwargs, tuple(trials)))
     except _NoKey:
-        return _answer_anew(_Question((), name, source, tuple(inputs), kwargs))
+        return _answer_anew(_Question((), name, source, tuple(inputs), kwargs, tuple(trials)))
+
+
+def run_shapes(
+    name: str, source: Source, inputs: Sequence[TensorSpec], kwargs: Mapping[str, Any], trial: Trial
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the layer's outputs at one set of sizes.
+
+    Raises:
+        ShapeError: the layer does not take those sizes.
+    """
+    question = _Question((), name, source, tuple(inputs), kwargs, (trial,))
+    return _without_data(question, _shapes)
 
 
 class _NoKey(Exception):
@@ -120,57 +141,66 @@ class _Question:
     source: Source = field(compare=False)
     inputs: tuple[TensorSpec, ...] = field(compare=False)
     kwargs: Mapping[str, Any] = field(compare=False)
+    trials: tuple[Trial, ...] = field(compare=False)
 
 
-def _answer_anew(question: _Question) -> Inferred:
-    name, source, inputs, kwargs = question.name, question.source, question.inputs, question.kwargs
+def _without_data(question: _Question, use: Callable[[_Question, Callable[..., Any], FakeTensorMode], T]) -> T:
+    """What `use` makes of the layer's callable, its tensors without data."""
+    name, source = question.name, question.source
     with isolated(0), quiet():
         mode = FakeTensorMode()
         if isinstance(source, Lazy):
             try:
                 with mode, torch.device("cpu"):  # built without memory
                     module = make_module(name, source).train()
-                return _infer(name, source, module, mode, inputs, kwargs)
+                return use(question, module, mode)
             except Exception:
                 # Some factories need real numbers: what is wrong, if anything, shows below.
                 with torch.device("cpu"):
                     module = make_module(name, source)
-            return _infer(name, source, fake_copy(name, module, mode), mode, inputs, kwargs)
+            return use(question, fake_copy(name, module, mode), mode)
         if isinstance(source, Instance):
-            return _infer(name, source, fake_copy(name, source.module, mode), mode, inputs, kwargs)
-        return _infer(name, source, source.function, mode, inputs, kwargs)
+            return use(question, fake_copy(name, source.module, mode), mode)
+        return use(question, source.function, mode)
+
+
+def _shapes(question: _Question, function: Callable[..., Any], mode: FakeTensorMode) -> tuple[tuple[int, ...], ...]:
+    [trial] = question.trials
+    outputs = run(question.name, question.source, function, mode, question.inputs, question.kwargs, trial).outputs
+    return tuple(tuple(int(n) for n in t.shape) for t in outputs)
+
+
+def _answer_anew(question: _Question) -> Inferred:
+    return _without_data(question, _infer)
 
 
 # Models repeat their blocks, and a run on fake tensors takes milliseconds.
 _answer = lru_cache(maxsize=1024)(_answer_anew)
 
 
-def _infer(
-    name: str,
-    source: Source,
-    function: Callable[..., Any],
-    mode: FakeTensorMode,
-    inputs: Sequence[TensorSpec],
-    kwargs: Mapping[str, Any],
-) -> Inferred:
+def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMode) -> Inferred:
+    name, source, trials = question.name, question.source, question.trials
     module = function if isinstance(function, nn.Module) else nn.Module()
-    runs = [run(name, source, function, mode, inputs, kwargs, samples) for samples in BATCH_SIZES]
-    first, second = runs
-    if len(first.outputs) != len(second.outputs) or first.gives_tuple != second.gives_tuple:
-        raise GraphError(
-            f"layer {name!r} gives {len(first.outputs)} tensors for a batch of {BATCH_SIZES[0]} and "
-            f"{len(second.outputs)} for {BATCH_SIZES[1]}; the number of outputs must not depend on the batch"
-        )
+    runs = [run(name, source, function, mode, question.inputs, question.kwargs, trial) for trial in trials]
+    first = runs[0]
+    for trial, other in zip(trials, runs, strict=True):
+        if len(first.outputs) != len(other.outputs) or first.gives_tuple != other.gives_tuple:
+            raise GraphError(
+                f"layer {name!r} gives {len(first.outputs)} tensors for {trials[0]} and {len(other.outputs)} for "
+                f"{trial}; the number of outputs must not depend on the batch"
+            )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
+    mutated = frozenset().union(*(r.mutated for r in runs))
+    columns = zip(*(r.outputs for r in runs), strict=True)
     return Inferred(
-        outputs=tuple(_merge(name, a, b) for a, b in zip(first.outputs, second.outputs, strict=True)),
+        outputs=tuple(_merge(name, i, column, trials) for i, column in enumerate(columns)),
         gives_tuple=first.gives_tuple,
-        is_random=first.is_random or second.is_random,
-        mutated_buffers=tuple(n for n in buffers if n in first.mutated | second.mutated),
-        norm_calls=first.norm_calls if first.norm_calls == second.norm_calls else (),
-        strided_outputs=first.strided_outputs | second.strided_outputs,
-        strided_gradients=first.strided_gradients | second.strided_gradients,
+        is_random=any(r.is_random for r in runs),
+        mutated_buffers=tuple(n for n in buffers if n in mutated),
+        norm_calls=first.norm_calls if all(r.norm_calls == first.norm_calls for r in runs) else (),
+        strided_outputs=frozenset().union(*(r.strided_outputs for r in runs)),
+        strided_gradients=frozenset().union(*(r.strided_gradients for r in runs)),
         parameters={n: spec_of(p) for n, p in parameters.items()},
         buffers={n: spec_of(b) for n, b in buffers.items()},
         persistent=frozenset(buffers) & frozenset(module.state_dict(keep_vars=True)),
@@ -178,23 +208,24 @@ def _infer(
     )
 
 
-def _merge(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorSpec:
-    """The spec that both runs agree on."""
-    shapes = f"{tuple(first.shape)} for a batch of {BATCH_SIZES[0]} and {tuple(second.shape)} for {BATCH_SIZES[1]}"
-    if first.dim() != second.dim() or first.dtype != second.dtype:
-        raise ShapeError(f"layer {name!r} gives {shapes}; its rank and dtype must not depend on the batch")
-    dims: list[Dim] = []
-    for a, b in zip(first.shape, second.shape, strict=True):
-        multiple, rest = divmod(a, BATCH_SIZES[0])
-        if a == b:
-            dims.append(int(a))
-        elif rest == 0 and multiple * BATCH_SIZES[1] == b:
-            dims.append(f"{multiple}*B")
-        else:
+def _merge(name: str, output: int, tensors: Sequence[torch.Tensor], trials: Sequence[Trial]) -> TensorSpec:
+    """The spec that all runs agree on."""
+    first = tensors[0]
+    for trial, tensor in zip(trials, tensors, strict=True):
+        if tensor.dim() != first.dim() or tensor.dtype != first.dtype:
             raise ShapeError(
-                f"layer {name!r} gives {shapes}; each size must be fixed or a multiple of the batch, so that "
-                "micro-batches of any size work"
+                f"layer {name!r} gives {dtype_name(first.dtype)} {tuple(first.shape)} for {trials[0]} and "
+                f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)} for {trial}; its rank and dtype must not depend on "
+                "the batch"
             )
+    try:
+        dims = [fit([int(t.shape[dim]) for t in tensors], trials, f"<{output}.{dim}>") for dim in range(first.dim())]
+    except ValueError:
+        shapes = " and ".join(f"{tuple(t.shape)} for {trial}" for t, trial in zip(tensors[:2], trials[:2], strict=True))
+        raise ShapeError(
+            f"layer {name!r} gives {shapes}; each size must be fixed or a multiple of the batch, so that "
+            "micro-batches of any size work"
+        ) from None
     return TensorSpec(tuple(dims), dtype_name(first.dtype), first.requires_grad)
 
 

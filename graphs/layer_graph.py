@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -21,11 +21,14 @@ import networkx as nx
 from pipeflow.errors import GraphError
 from pipeflow.graphs import declaration, structure
 from pipeflow.graphs.layer import Handle, Instance, Layer, Reduction, Source, kind_of, source_of
-from pipeflow.graphs.tensor_spec import Dim, TensorSpec, normalise_dtype
+from pipeflow.graphs.lengths import Lengths
+from pipeflow.graphs.sizes import Dim, Length
+from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeflow.graphs.batch import Extent
     from pipeflow.graphs.inference import Inferred
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-/]*")
@@ -56,27 +59,33 @@ class LayerGraph:
         self._specs: dict[str, TensorSpec] = {}
         self._facts: dict[str, Inferred] = {}
         self._owner_by_name: dict[str, str] = {}
+        self._lengths = Lengths()
 
     # -- declaring ---------------------------------------------------------------------------
 
-    def input(self, name: str, shape: Sequence[Dim], dtype: object = "float32") -> Handle:
+    def input(self, name: str, shape: Sequence[Dim | Length], dtype: object = "float32") -> Handle:
         """A tensor that every batch brings.
 
         Args:
             name: its key in the batch.
-            shape: its sizes; the first is "B", the batch, and the others are fixed.
+            shape: its sizes. The first is "B", the batch, which is cut along it. Others are fixed, or
+                the name of a length that differs between batches ("time"; `pf.Length` where not every
+                size will do), the same for all inputs that name it. An input whose first size is
+                another cannot be cut: batches then come as lists of micro-batches.
             dtype: a torch dtype or its name.
 
         Raises:
-            GraphError: the name is taken or malformed, or the batch dimension is missing.
+            GraphError: the name is taken or malformed, or the shape has neither batch nor length.
         """
         self._check_name(name)
-        spec = TensorSpec(tuple(shape), normalise_dtype(dtype))
-        if spec.shape[:1] != ("B",) or any(isinstance(d, str) for d in spec.shape[1:]):
+        dims = [dim.name if isinstance(dim, Length) else dim for dim in shape]
+        spec = TensorSpec(tuple(dims), normalise_dtype(dtype))
+        if not declaration.is_input_shape(spec.shape):
             raise GraphError(
-                f'input {name!r} has the shape {tuple(shape)}; the first size must be "B", the batch, and the others '
-                "fixed, since batches are cut along the first"
+                f'input {name!r} has the shape {tuple(map(str, shape))}; the first size must be "B", the batch, and '
+                'the others fixed or names of lengths such as "time", since batches are cut along the first'
             )
+        self._lengths.declare(name, shape)
         self._changed()
         self._inputs[name] = self._specs[name] = spec
         return Handle(name, spec, self)
@@ -178,7 +187,8 @@ class LayerGraph:
         if not reads:
             raise GraphError(f"layer {name!r} reads nothing; a layer needs at least one input")
         declaration.check_kwargs(name, kwargs)
-        facts = infer(name, source, [self._specs[t] for t in reads], kwargs)
+        given = [self._specs[t] for t in reads]
+        facts = infer(name, source, given, kwargs, self._lengths.trials(given))
         if is_loss:
             declaration.check_loss(name, facts)
         outputs = tuple(f"{name}:{i}" for i in range(len(facts.outputs))) if facts.gives_tuple else (name,)
@@ -208,7 +218,8 @@ class LayerGraph:
             strided_outputs=facts.strided_outputs,
             strided_gradients=facts.strided_gradients,
         )
-        self._specs.update(zip(outputs, facts.outputs, strict=True))
+        specs = self._lengths.name_sizes(self._layers[name], given, facts.outputs)
+        self._specs.update(zip(outputs, specs, strict=True))
         return outputs, facts.gives_tuple
 
     def _check_name(self, name: str) -> None:
@@ -264,6 +275,24 @@ class LayerGraph:
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor by name, inputs included."""
         return MappingProxyType(self._specs)
+
+    @property
+    def lengths(self) -> Mapping[str, Length]:
+        """The lengths that differ between batches, by name."""
+        return self._lengths.given
+
+    def sizes_at(self, lengths: Mapping[str, int]) -> Mapping[str, int]:
+        """The lengths of a batch with those that layers make of them; found once for each.
+
+        Raises:
+            ShapeError: a layer does not take such a length.
+        """
+        return self._lengths.complete(lengths)
+
+    @cached_property
+    def example_lengths(self) -> Mapping[str, int]:
+        """Some size for every length, those that layers make included: for examples and estimates."""
+        return self.sizes_at({name: length.trials()[-1] for name, length in self.lengths.items()})
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -391,7 +420,22 @@ class LayerGraph:
         """
         from pipeflow.graphs.batch import check_batch
 
-        return check_batch(self._inputs, batch)
+        return check_batch(self._inputs, batch, lengths=self.lengths)
+
+    def measure_batch(self, batch: Mapping[str, Tensor], required: Collection[str] | None = None) -> Extent:
+        """The samples and lengths of a batch that fits, those that layers make included.
+
+        Args:
+            batch: tensors by input name; those that are not required may be on the meta device.
+            required: inputs that must be there; by default all.
+
+        Raises:
+            BatchError: as `check_batch`; but a batch may have no samples.
+        """
+        from pipeflow.graphs.batch import measure_batch
+
+        extent = measure_batch(self._inputs, batch, required=required, lengths=self.lengths)
+        return replace(extent, lengths=self.sizes_at(extent.lengths) if extent.samples else {})
 
     def build(self, layer_names: Iterable[str] | None = None, *, seed: int = 0) -> dict[str, Callable[..., Any]]:
         """Fresh callables of the layers, to call as `fn(*tensors, **layer.kwargs)`.

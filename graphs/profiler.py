@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,7 @@ def profile(
     """
     graph.check()
     samples = graph.check_batch(batch)
+    lengths = graph.measure_batch(batch).lengths
     if num_repeats < 1 or warmup < 0 or (num_threads is not None and num_threads < 1):
         raise CostError(
             f"{num_repeats} repeats, {warmup} warm-up calls and {num_threads} threads: at least 1, 0 and 1 are needed"
@@ -70,6 +72,7 @@ def profile(
         "graph": graph.digest,
         "device": describe_device(where),
         "samples": samples,
+        **({"lengths": dict(lengths)} if lengths else {}),
         "torch": str(torch.__version__),
         "num_threads": num_threads,
         "num_repeats": num_repeats,
@@ -79,7 +82,7 @@ def profile(
     generators = [where] if where.type == "cuda" else []
     with torch.random.fork_rng(generators, device_type="cuda"), torch.enable_grad(), threads(num_threads):
         torch.default_generator.manual_seed(seed)
-        costs = _profile(graph, batch, samples, where, _Effort(num_repeats, warmup), seed)
+        costs = _profile(graph, batch, samples, lengths, where, _Effort(num_repeats, warmup), seed)
     if cache is not None:
         profile_cache.write(cache, key, costs)
     return costs
@@ -92,7 +95,13 @@ class _Effort:
 
 
 def _profile(
-    graph: LayerGraph, batch: Tensors, samples: int, device: torch.device, effort: _Effort, seed: int
+    graph: LayerGraph,
+    batch: Tensors,
+    samples: int,
+    lengths: Mapping[str, int],
+    device: torch.device,
+    effort: _Effort,
+    seed: int,
 ) -> GraphCosts:
     functions = graph.build(seed=seed)
     for function in functions.values():
@@ -100,7 +109,9 @@ def _profile(
             function.to(device)
     local = {name: batch[name].detach().to(device) for name in graph.inputs}
     other = samples // 2 if samples >= 4 else 2 * samples  # half of one sample would be none
-    other_local = {n: t[:other] if other < samples else torch.cat([t, t]) for n, t in local.items()}
+    if not all(spec.shape[:1] == ("B",) for spec in graph.inputs.values()):
+        other = samples  # such a batch cannot be cut: all of its time is taken to follow its samples
+    other_local = {n: t[:other] if other < samples else torch.cat([t] * (other // samples)) for n, t in local.items()}
     runs = GraphRun(graph, functions, local), GraphRun(graph, functions, other_local)
     overhead = _autograd_overhead(device, effort)
     benches = {name: [TimedLayer(run.bench(layer)) for run in runs] for name, layer in graph.layers.items()}
@@ -117,7 +128,7 @@ def _profile(
                 name=name,
                 kind=layer.kind,
                 inputs=layer.inputs,
-                outputs=tuple(_tensor(graph, t, samples) for t in layer.outputs),
+                outputs=tuple(_tensor(graph, t, samples, lengths) for t in layer.outputs),
                 forward_seconds=times.forward,
                 backward_input_seconds=times.backward_input,
                 backward_weight_seconds=times.backward_weight,
@@ -134,22 +145,22 @@ def _profile(
         name=graph.name,
         samples=samples,
         device=describe_device(device),
-        inputs=tuple(_tensor(graph, name, samples) for name in graph.inputs),
+        inputs=tuple(_tensor(graph, name, samples, lengths) for name in graph.inputs),
         layers=tuple(layers),
         colocated=graph.colocated,
     )
 
 
-def _tensor(graph: LayerGraph, name: str, samples: int) -> TensorCosts:
+def _tensor(graph: LayerGraph, name: str, samples: int, lengths: Mapping[str, int]) -> TensorCosts:
     spec = graph.specs[name]
-    size = spec.bytes_at(samples)
+    size = spec.bytes_at(samples, lengths)
     gradient = size if name in graph.differentiable else 0
     return TensorCosts(name=name, bytes=size, gradient_bytes=gradient, scales=spec.scales)
 
 
 def _fixed_fraction(seconds: float, other_seconds: float, fraction: float) -> float:
     """The share of `seconds` that stays at any number of samples, from the time at `fraction` of them."""
-    if seconds <= 0:
+    if seconds <= 0 or fraction == 1:
         return 0.0
     fixed = (other_seconds - fraction * seconds) / (1 - fraction)
     return min(1.0, max(0.0, fixed / seconds))

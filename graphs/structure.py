@@ -12,6 +12,7 @@ import networkx as nx
 
 from pipeflow.errors import GraphError
 from pipeflow.graphs.layer import Layer
+from pipeflow.graphs.sizes import size_of
 from pipeflow.graphs.tensor_spec import TensorSpec
 
 
@@ -53,8 +54,11 @@ def colocated(
 def default_outputs(layers: Sequence[Layer], specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     """What the graph predicts: tensors of non-loss layers that feed a loss or that nobody reads.
 
-    Only those whose first dimension is the batch, since predictions of micro-batches are joined there.
+    Only those whose first dimension is the batch, since predictions of micro-batches are joined there;
+    or a length, where batches cannot be cut and predictions are not joined.
     """
+    computed = frozenset(t for layer in layers for t in layer.outputs)
+    cut = all(specs[t].shape[:1] == ("B",) for layer in layers for t in layer.inputs if t not in computed)
     read = {t for layer in layers for t in layer.inputs}
     feed_loss = {t for layer in layers if layer.is_loss for t in layer.inputs}
     return tuple(
@@ -62,8 +66,12 @@ def default_outputs(layers: Sequence[Layer], specs: Mapping[str, TensorSpec]) ->
         for layer in layers
         if not layer.is_loss
         for t in layer.outputs
-        if (t in feed_loss or t not in read) and specs[t].shape[:1] == ("B",)
+        if (t in feed_loss or t not in read) and _is_output(specs[t], cut=cut)
     )
+
+
+def _is_output(spec: TensorSpec, *, cut: bool) -> bool:
+    return spec.shape[:1] == ("B",) or (not cut and bool(spec.shape) and bool(size_of(spec.shape[0]).terms))
 
 
 def joined(
@@ -102,6 +110,11 @@ def check(
     if not layers:
         raise GraphError(f"graph {graph_name!r} has no layers; add at least one")
     read = {t for layer in layers for t in (*layer.inputs, layer.count)}
+    if not any(spec.scales for spec in inputs.values()):
+        raise GraphError(
+            f'no input of graph {graph_name!r} has the batch as its first size, "B"; one must, since losses are means '
+            "over samples: the label of each example, for example"
+        )
     if unused := [name for name in inputs if name not in read]:
         raise GraphError(f"input {unused[0]!r} is read by no layer; use it or leave it out")
     for layer in layers:

@@ -6,14 +6,12 @@ Knows nothing of torch: a spec is names and numbers, so planners can hold one.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pipeflow.errors import GraphError
-
-Dim = int | str
-"""A size: a number, "B" for the batch, or a multiple of it such as "4*B"."""
+from pipeflow.graphs.sizes import Dim, size_of
 
 ITEMSIZE_BY_DTYPE = {
     "bool": 1,
@@ -36,7 +34,7 @@ ITEMSIZE_BY_DTYPE = {
 }
 """Bytes of one element, for every dtype that a graph may carry."""
 
-_MULTIPLE = re.compile(r"(\d+)\s*\*?\s*B")
+_NO_LENGTHS: Mapping[str, int] = MappingProxyType({})
 
 
 def normalise_dtype(dtype: object) -> str:
@@ -55,28 +53,13 @@ def normalise_dtype(dtype: object) -> str:
     return name
 
 
-def _normalise_dim(dim: object) -> Dim:
-    if isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0:
-        return dim
-    if dim == "B":
-        return "B"
-    if isinstance(dim, str) and (match := _MULTIPLE.fullmatch(dim.strip())) and int(match[1]) > 0:
-        return "B" if int(match[1]) == 1 else f"{int(match[1])}*B"
-    raise GraphError(f'{dim!r} is not a size; give a number of at least 0, "B" for the batch, or for example "4*B"')
-
-
-def _size(dim: Dim, samples: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    return samples * int(dim.removesuffix("*B")) if dim != "B" else samples
-
-
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape, dtype and differentiability of one tensor.
 
     Attributes:
-        shape: sizes; "B" or for example "4*B" where a size grows with the batch.
+        shape: sizes; "B" or for example "4*B" where a size grows with the batch, and names where it
+            depends on a length that differs between batches (see `pipeflow.graphs.sizes`).
         dtype: as torch names it, without "torch.".
         requires_grad: whether autograd records it when training.
 
@@ -89,25 +72,37 @@ class TensorSpec:
     requires_grad: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(_normalise_dim(d) for d in self.shape))
+        object.__setattr__(self, "shape", tuple(size_of(d).dim for d in self.shape))
         object.__setattr__(self, "dtype", normalise_dtype(self.dtype))
 
     @property
     def scales(self) -> bool:
         """Whether any size grows with the batch."""
-        return any(isinstance(d, str) for d in self.shape)
+        return any(size_of(d).batch for d in self.shape)
 
-    def shape_at(self, samples: int) -> tuple[int, ...]:
-        """The sizes for a batch of `samples`."""
-        return tuple(_size(d, samples) for d in self.shape)
+    @property
+    def lengths(self) -> frozenset[str]:
+        """Names of the lengths that any size depends on."""
+        return frozenset(name for d in self.shape for name, _ in size_of(d).terms)
 
-    def numel_at(self, samples: int) -> int:
+    def shape_at(self, samples: int, lengths: Mapping[str, int] = _NO_LENGTHS) -> tuple[int, ...]:
+        """The sizes for a batch of `samples`.
+
+        Args:
+            lengths: a number for each of `self.lengths`.
+
+        Raises:
+            GraphError: a length is missing.
+        """
+        return tuple(size_of(d).at(samples, lengths) for d in self.shape)
+
+    def numel_at(self, samples: int, lengths: Mapping[str, int] = _NO_LENGTHS) -> int:
         """The number of elements for a batch of `samples`."""
-        return math.prod(self.shape_at(samples))
+        return math.prod(self.shape_at(samples, lengths))
 
-    def bytes_at(self, samples: int) -> int:
+    def bytes_at(self, samples: int, lengths: Mapping[str, int] = _NO_LENGTHS) -> int:
         """The bytes for a batch of `samples`."""
-        return self.numel_at(samples) * ITEMSIZE_BY_DTYPE[self.dtype]
+        return self.numel_at(samples, lengths) * ITEMSIZE_BY_DTYPE[self.dtype]
 
     @property
     def numel(self) -> int:
@@ -116,7 +111,7 @@ class TensorSpec:
         Raises:
             GraphError: the shape depends on the batch; ask `numel_at`.
         """
-        if self.scales:
+        if self.scales or self.lengths:
             raise GraphError(f"{self} has no fixed number of elements; ask numel_at(samples)")
         return self.numel_at(0)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeflow import testing
     from pipeflow.engine import Engine
     from pipeflow.execution_plan import Plan
-    from pipeflow.graphs import GraphCosts, LayerGraph, TensorSpec, lazy, profile
+    from pipeflow.graphs import GraphCosts, LayerGraph, Length, TensorSpec, lazy, profile
     from pipeflow.lowering import lower
     from pipeflow.partitioners import PARTITIONERS
     from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
@@ -37,6 +37,7 @@ _HOME = {
     "Engine": "pipeflow.engine",
     "GraphCosts": "pipeflow.graphs",
     "LayerGraph": "pipeflow.graphs",
+    "Length": "pipeflow.graphs",
     "Level": "pipeflow.partitioners.cluster",
     "Link": "pipeflow.partitioners.cluster",
     "Mesh": "pipeflow.partitioners.partition",
@@ -71,6 +72,7 @@ __all__ = [
     "Engine",
     "GraphCosts",
     "LayerGraph",
+    "Length",
     "Level",
     "Link",
     "Mesh",

@@ -188,7 +188,7 @@ def _sample(source: Source, size: int) -> dict[str, Tensor]:
     tensors = {}
     for name, spec in source.graph.inputs.items():
         dtype = getattr(torch, spec.dtype)
-        shape = spec.shape_at(size)
+        shape = spec.shape_at(size, source.graph.example_lengths)
         # Zeros are valid wherever numbers mean labels or places in a table.
         noise = dtype.is_floating_point
         tensors[name] = torch.randn(shape, generator=generator).to(dtype) if noise else torch.zeros(shape, dtype=dtype)

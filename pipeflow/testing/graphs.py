@@ -7,7 +7,7 @@ layer, tensors without gradient among those with, several inputs and several los
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -285,7 +285,9 @@ def _loss(b: _Builder, index: int, x: Handle) -> None:
             )
 
 
-def sample_batch(graph: LayerGraph, num_samples: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+def sample_batch(
+    graph: LayerGraph, num_samples: int, *, seed: int = 0, lengths: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
     """A batch of random numbers that fits the graph.
 
     Integers are below the number of classes, where they are read together with scores of that
@@ -295,13 +297,20 @@ def sample_batch(graph: LayerGraph, num_samples: int, *, seed: int = 0) -> dict[
         graph: for its inputs.
         num_samples: at least 1.
         seed: of the numbers.
+        lengths: by name, where inputs have some; by default any that fit.
     """
     generator = torch.Generator().manual_seed(seed)
-    return {name: _tensor(graph, name, spec, num_samples, generator) for name, spec in graph.inputs.items()}
+    sizes = graph.example_lengths if lengths is None else lengths
+    return {
+        name: _tensor(graph, name, spec, spec.shape_at(num_samples, sizes), generator)
+        for name, spec in graph.inputs.items()
+    }
 
 
-def _tensor(graph: LayerGraph, name: str, spec: TensorSpec, samples: int, generator: torch.Generator) -> torch.Tensor:
-    shape, dtype = spec.shape_at(samples), cast(torch.dtype, getattr(torch, spec.dtype))
+def _tensor(
+    graph: LayerGraph, name: str, spec: TensorSpec, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor:
+    dtype = cast(torch.dtype, getattr(torch, spec.dtype))
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, dtype=dtype, generator=generator)
     if dtype == torch.bool:

@@ -16,7 +16,7 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
     """
 
     def tensor(name: str) -> TensorCosts:
-        size = graph.specs[name].bytes_at(samples)
+        size = graph.specs[name].bytes_at(samples, graph.example_lengths)
         return TensorCosts(name=name, bytes=size, gradient_bytes=size if name in graph.differentiable else 0)
 
     return GraphCosts(
@@ -34,7 +34,7 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
                 backward_input_seconds=seconds if layer.has_backward else 0.0,
                 backward_weight_seconds=seconds if layer.has_backward and graph.parameter_bytes[name] else 0.0,
                 parameter_bytes=graph.parameter_bytes[name],
-                saved_bytes=sum(graph.specs[t].bytes_at(samples) for t in layer.outputs),
+                saved_bytes=sum(graph.specs[t].bytes_at(samples, graph.example_lengths) for t in layer.outputs),
                 has_backward=layer.has_backward,
                 replicable=layer.is_replicable,
                 statistics_bytes=graph.statistics_bytes[name],
