@@ -36,6 +36,7 @@ from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import microbatch_sizes
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.stage import compile_stage
@@ -102,8 +103,6 @@ class Engine(AbstractContextManager["Engine"]):
         graph.check()
         _check_match(graph, plan)
         verify(plan)
-        if any(stage.recompute for stage in plan.stages):
-            raise PlanError("the plan recomputes layers, which this version does not run; plan with recompute='never'")
         self.graph = graph
         self.plan = plan
         self._programs = {mode: lower(plan, mode=mode) for mode in Mode}
@@ -209,6 +208,8 @@ class Engine(AbstractContextManager["Engine"]):
             )
             for index, replica in self._replicas[rank].items()
         }
+        for index, stage in stages.items() if train else ():
+            fuse_runs(stage.compiled, self.plan.stages[index].recompute, self._flows, stage.replica.modules)
         device = self._devices[rank]
         transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device)
         binder = Binder(

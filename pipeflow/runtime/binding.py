@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipeflow.errors import PlanError
 from pipeflow.flows import Flow, routes
@@ -107,10 +108,11 @@ class Binder:
     def _forward(self, index: int, m: int) -> Closure:
         state, stage = self.state, self.state.stages[index]
         compiled, arrivals, live, sizes = stage.compiled, stage.arrivals, stage.live, state.sizes
+        outbox = stage.outbox
         blank: Slots = [None] * compiled.num_slots
         feed, feeds = state.feed, compiled.feeds
         leaves = [(leaf.tensor, leaf.slot, leaf.needs_gradient and self.train) for leaf in compiled.leaves]
-        calls = compiled.calls
+        calls = compiled.work
         losses = [(state.losses, name, slot) for name, slot in compiled.loss_slots]
         kept = [(t, compiled.slot_by_tensor[t]) for t in self.keep if t in compiled.slot_by_tensor]
         handover = [
@@ -119,6 +121,10 @@ class Binder:
             for tensor in self.payload(route)
         ]
         random_layers = stage.replica.random_layers
+        outgoing = self._outgoing(index, m)
+        roots = [root.slot for root in compiled.roots]
+        kept_slots = {*roots, *(slot for _, slot in compiled.loss_slots), *(s for _, s, needed in leaves if needed)}
+        done = [slot for slot in range(compiled.num_slots) if slot not in kept_slots] if self.train else []
 
         def forward() -> None:
             if not sizes[m]:
@@ -143,6 +149,13 @@ class Binder:
                 table[name][m] = slots[slot].detach()
             for name, slot in kept:
                 state.outputs.setdefault(name, {})[m] = slots[slot].detach()
+            for reader, sent in outgoing:
+                outbox[m][reader] = [slots[slot].detach() for slot in sent]
+            # From here on autograd holds what backward needs, and a send what it sends: nothing else stays.
+            for slot in done:
+                slots[slot] = None
+            for slot in roots:
+                slots[slot] = _edge(slots[slot])
 
         return self._recorded(forward, index, m)
 
@@ -165,6 +178,7 @@ class Binder:
         seeds, factors = state.seeds, state.factors
         roots = [(root.slot, root.parts[-1], root.parts[-2::-1]) for root in compiled.roots]
         losses = compiled.loss_slots
+        random_layers = stage.replica.random_layers if compiled.segments else []
         leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
         handover = [
             (self.state.stages[route.target].gradients, part, leaf_by_part[part])
@@ -177,11 +191,13 @@ class Binder:
                 return
             slots = live[m]
             assert slots is not None
-            tensors: list[Tensor] = []
+            for layer in random_layers:
+                layer.first_sample = state.offsets[m]
+            tensors: list[Tensor | GradientEdge] = []
             upstream: list[Tensor] = []
             row = gradients[m]
             for slot, last, others in roots:
-                if slots[slot].requires_grad:
+                if slots[slot] is not None:
                     gradient = row[last]
                     for part in others:
                         gradient = gradient + row[part]
@@ -205,25 +221,31 @@ class Binder:
         if not names:
             return None
         stage, m = self.state.stages[action.route.source], action.microbatch
-        live, sizes = stage.live, self.state.sizes
+        live, outbox = stage.live, stage.outbox
         send = self.transport.sender(Route(*action.route[:3], names), action.peer)
-        forward = action.route.direction is Direction.FORWARD
-        if forward:
-            slots_sent = [stage.compiled.slot_by_tensor[t] for t in names]
-        else:
-            leaf_by_part = {leaf.part: leaf.slot for leaf in stage.compiled.leaves}
-            slots_sent = [leaf_by_part[part] for part in names]
+        if action.route.direction is Direction.FORWARD:
+            target = action.route.target
+            return lambda: send(m, outbox[m].pop(target, None))
+        leaf_by_part = {leaf.part: leaf.slot for leaf in stage.compiled.leaves}
+        slots_sent = [leaf_by_part[part] for part in names]
 
         def post() -> None:
             slots = live[m]
-            if not sizes[m] or slots is None:
-                send(m, None)
-            elif forward:
-                send(m, [slots[i].detach() for i in slots_sent])
-            else:
-                send(m, [_gradient(slots[i]) for i in slots_sent])
+            send(m, None if slots is None else [_gradient(slots[i]) for i in slots_sent])
 
         return post
+
+    def _outgoing(self, stage: int, microbatch: int) -> list[tuple[int, list[int]]]:
+        """(target, slots) of what other ranks are sent of this micro-batch."""
+        slots = self.state.stages[stage].compiled.slot_by_tensor
+        return [
+            (route.target, [slots[t] for t in names])
+            for route in routes(self.flow_by_tensor)
+            if route.direction is Direction.FORWARD
+            and route.source == stage
+            and rank_of(self.placement, route.target, microbatch) != self.rank
+            and (names := self.payload(route))
+        ]
 
     def _receive(self, action: Receive) -> Closure | None:
         names = self.payload(action.route)
@@ -276,7 +298,7 @@ class Binder:
         return step
 
 
-def run_backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
+def run_backward(roots: list[Tensor | GradientEdge], gradients: list[Tensor]) -> None:
     """`torch.autograd.backward` without what it does around the engine's call.
 
     It checks shapes that are known to fit and copies the thread's context for compiled graphs,
@@ -285,6 +307,13 @@ def run_backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
     torch.autograd.Variable._execution_engine.run_backward(
         tuple(roots), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def _edge(root: Tensor) -> GradientEdge | None:
+    """Where backward starts, without the tensor; None where nothing needs a gradient."""
+    if root.grad_fn is not None:
+        return GradientEdge(root.grad_fn, root.output_nr)
+    return get_gradient_edge(root) if root.requires_grad else None
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from pipeflow.errors import LayerFailure, NonFiniteError
 from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.failures import failed_backward
 from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
 from pipeflow.runtime.losses import loss_table, read_losses
-from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.transport import Aborted, Transport
 
 Bound = tuple[Action | None, Callable[[], None]]
@@ -184,9 +185,9 @@ class Executor:
             stage, microbatch = action.stage, action.microbatch
             state = self.state.stages[stage]
             if action.kind is Kind.FORWARD:
-                phase, layer = "forward", state.compiled.failed_layer(state.live[microbatch] or [])
+                phase, layer = "forward", state.compiled.failed_layer(state.live[microbatch] or [], error)
             else:
-                phase, layer = "backward", _failed_backward(state, microbatch)
+                phase, layer = "backward", failed_backward(self.state, stage, microbatch, error)
         elif isinstance(action, Step):
             stage, phase = action.stage, "optimizer"
         self.state.clear()
@@ -200,24 +201,3 @@ class Executor:
             original=f"{type(error).__name__}: {error}",
             trace="".join(traceback.format_exception(error)),
         ) from error
-
-
-def _failed_backward(state: StageState, microbatch: int) -> str | None:
-    """The layer whose backward raises: each is run again, cut off from the others, from the last."""
-    compiled, slots = state.compiled, state.live[microbatch]
-    if slots is None:
-        return None
-    for layer, call in zip(reversed(compiled.layers), reversed(compiled.calls), strict=True):
-        copy = [s.detach().requires_grad_(s.requires_grad) if isinstance(s, Tensor) else s for s in slots]
-        sources = [s for s in copy if isinstance(s, Tensor) and s.requires_grad]
-        try:
-            call(copy)
-            outputs = [copy[compiled.slot_by_tensor[t]] for t in layer.outputs]
-            roots = [t for t in outputs if t.grad_fn is not None]
-            if roots:
-                parameters = [p for p in state.replica.parameters.values() if p.requires_grad]
-                ones = [torch.ones_like(t) for t in roots]
-                torch.autograd.grad(roots, [*sources, *parameters], ones, allow_unused=True)
-        except Exception:  # whatever it raises, it is this layer that does
-            return layer.name
-    return None

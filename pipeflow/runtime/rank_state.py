@@ -30,7 +30,9 @@ class StageState:
         replica: its weights.
         arrivals: by micro-batch, activations from other stages by tensor name.
         gradients: by micro-batch, gradients from other stages by part name.
-        live: by micro-batch, the slots between its forward and its `Free`.
+        outbox: by micro-batch, what is to be sent to each other stage; a send takes it out.
+        live: by micro-batch, the slots between its forward and its `Free`. After forward, only what backward
+            starts from or gives.
         finish_reduce: waits for the running sum of gradients, if one was started.
         finish_statistics: waits for the replicas' statistics and takes them in, if they were sent.
     """
@@ -39,6 +41,7 @@ class StageState:
     replica: StageReplica
     arrivals: list[dict[str, Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    outbox: list[dict[int, list[Tensor]]] = field(default_factory=list)
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None
     finish_statistics: Callable[[], None] | None = None
@@ -107,6 +110,7 @@ class RankState:
         for stage in self.stages.values():
             stage.arrivals = [{} for _ in range(self.num_microbatches)]
             stage.gradients = [{} for _ in range(self.num_microbatches)]
+            stage.outbox = [{} for _ in range(self.num_microbatches)]
             stage.live = [None] * self.num_microbatches
             stage.finish_reduce = stage.finish_statistics = None
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,26 @@ class Root:
     parts: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call, and the slots that it reads and writes."""
+
+    run: Call
+    layer: Layer
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+class Run(Protocol):
+    """Several calls as one, of which it can be told which layer raised an error."""
+
+    layers: frozenset[str]
+
+    def __call__(self, slots: Slots) -> None: ...
+
+    def failed_layer(self, error: BaseException) -> str | None: ...
+
+
 @dataclass
 class CompiledStage:
     """What to do for one micro-batch of one stage.
@@ -76,9 +96,9 @@ class CompiledStage:
         num_slots: length of the slot list.
         feeds: (graph input, slot) of every input of the graph that is read here.
         leaves: what comes from other stages.
-        calls: the layers, in order; each reads and writes slots.
-        layers: the layer of each call.
-        output_slot_by_call: a slot that each call fills, to tell after a failure how far it came.
+        calls: the layers one by one, in order.
+        work: what forward does: the calls, or runs of them as one.
+        segments: such runs (`pipeflow.runtime.recompute`).
         slot_by_tensor: where each tensor that is computed here lies.
         roots: where backward starts, losses apart.
         loss_slots: (loss, slot) of every loss here.
@@ -87,9 +107,9 @@ class CompiledStage:
     num_slots: int = 0
     feeds: list[tuple[str, int]] = field(default_factory=list)
     leaves: list[Leaf] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
-    output_slot_by_call: list[int] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
+    work: list[Call] = field(default_factory=list)
+    segments: list[Run] = field(default_factory=list)
     slot_by_tensor: dict[str, int] = field(default_factory=dict)
     roots: list[Root] = field(default_factory=list)
     loss_slots: list[tuple[str, int]] = field(default_factory=list)
@@ -98,12 +118,18 @@ class CompiledStage:
         self.num_slots += 1
         return self.num_slots - 1
 
-    def failed_layer(self, slots: Slots) -> str | None:
-        """The first layer that has not filled its slot."""
-        for layer, slot in zip(self.layers, self.output_slot_by_call, strict=True):
-            if slots[slot] is None:
-                return layer.name
-        return None
+    def add(self, call: LayerCall) -> None:
+        self.calls.append(call)
+        self.work.append(call.run)
+
+    def failed_layer(self, slots: Slots, error: BaseException) -> str | None:
+        """The layer whose forward raised the error: in a run, or the first that has not filled its slot."""
+        in_run = (name for segment in self.segments if (name := segment.failed_layer(error)) is not None)
+        if (name := next(in_run, None)) is not None:
+            return name
+        runs = frozenset().union(*(segment.layers for segment in self.segments))
+        alone = (call for call in self.calls if call.layer.name not in runs)
+        return next((call.layer.name for call in alone if slots[call.writes[0]] is None), None)
 
 
 def compile_stage(
@@ -134,9 +160,8 @@ def compile_stage(
             _read(compiled, graph, stage, name, t, flow_by_tensor, read_slots, train=train) for t in layer.inputs
         )
         outputs = tuple(compiled.new_slot() for _ in layer.outputs)
-        compiled.calls.append(_call(layer, function_by_layer[name], reads, outputs))
-        compiled.layers.append(layer)
-        compiled.output_slot_by_call.append(outputs[0])
+        run = _call(layer, function_by_layer[name], reads, outputs)
+        compiled.add(LayerCall(run, layer, tuple(slot for slot, _ in reads), outputs))
         for tensor, slot in zip(layer.outputs, outputs, strict=True):
             compiled.slot_by_tensor[tensor] = slot
             if train and tensor in flow_by_tensor:
@@ -195,9 +220,7 @@ def _start_backward(
         compiled.roots.append(Root(slot, remote))
         return
     fan = tuple(compiled.new_slot() for _ in flow.parts)
-    compiled.calls.append(_fan_call(slot, fan))
-    compiled.layers.append(layer)
-    compiled.output_slot_by_call.append(fan[0])
+    compiled.add(LayerCall(_fan_call(slot, fan), layer, (slot,), fan))
     for part, part_slot in zip(flow.parts, fan, strict=True):
         if part.stage == stage:
             read_slots[flow.tensor, part.name] = part_slot

@@ -39,6 +39,7 @@ def plans(
     equal_replicas: bool | None = None,
     shared_ranks: bool = True,
     schedules: Collection[str] = tuple(SCHEDULES),
+    recompute: bool = True,
     graph_digest: str = "",
 ) -> Plan:
     """Draws a valid plan of a graph.
@@ -54,6 +55,7 @@ def plans(
             count of its own for each, None for either.
         shared_ranks: whether a rank may hold several stages.
         schedules: names to choose from.
+        recompute: whether layers may be recomputed; in most plans none is.
         graph_digest: of the layer graph that the costs are of.
     """
     costs = graphs if isinstance(graphs, GraphCosts) else draw(learnable_costs() if graphs is None else graphs)
@@ -71,6 +73,8 @@ def plans(
     stages = tuple(
         Stage.replicated(sorted(names, key=position.__getitem__), on) for names, on in zip(layers, ranks, strict=True)
     )
+    if recompute and draw(st.integers(0, 3)) == 3:
+        stages = tuple(stage.with_recompute(draw(_recomputed(stage))) for stage in stages)
     num_ranks = 1 + max(r for on in ranks for r in on)
     num_microbatches = draw(st.integers(1, max_microbatches))
     cluster = draw(clusters(min_devices=num_ranks, max_devices=num_ranks, limited=False))
@@ -86,6 +90,10 @@ def plans(
         batch_size=costs.samples * num_microbatches,
         optimizer_ratio=draw(st.sampled_from([0.0, 2.0])),
     )
+
+
+def _recomputed(stage: Stage) -> st.SearchStrategy[Collection[str]]:
+    return st.just(stage.layers) | st.sets(st.sampled_from(stage.layers))
 
 
 @st.composite
