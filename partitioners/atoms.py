@@ -21,6 +21,9 @@ from pipeflow.graphs.costs import GraphCosts, LayerCosts
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+Cut = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""(atoms, devices) of each stage, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Net:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Certificate, Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
-
-Cut = Sequence[tuple[Sequence[int], Sequence[int]]]
-"""(atoms, devices) of each stage, in order."""
 
 
 def stages_of(problem: PartitionProblem, cut: Cut) -> tuple[Stage, ...]:
@@ -29,6 +27,8 @@ def certified(problem: PartitionProblem, stages: Sequence[Stage], *, partitioner
         lower_bound: proven for all partitions of the problem. Where rounding puts it a hair above
             the objective, the objective stands.
     """
+    broken = problem.pins.broken(stages)
+    assert not broken, f"{partitioner} broke a pin: {broken[0]}"
     seconds = objective(problem, stages)
     assert lower_bound <= seconds * (1 + 1e-9), f"bound {lower_bound} above the objective {seconds} of {partitioner}"
     certificate = Certificate(partitioner=partitioner, objective=seconds, lower_bound=min(lower_bound, seconds))

@@ -2,7 +2,7 @@
 
 Unlike folding, this may lose. What it can lose is told by the certificate: the lower bound is always
 that of the whole problem. A partition of the coarse problem is one of the whole problem, since
-runs of a topological order can always share a stage.
+runs of a topological order can always share a stage. An atom that a pin names is a run of its own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,29 @@ def coarsen(problem: PartitionProblem, most: int) -> PartitionProblem:
         return problem
     work = np.cumsum([sum(layer.seconds for layer in group) + 1e-12 for group in atoms.layers])
     window = np.minimum((work / work[-1] * (most // 2)).astype(np.int64), most // 2 - 1)
-    run = _run_of_atom(window, _open_bytes(atoms))
+    run = _split(problem, _run_of_atom(window, _open_bytes(atoms)))
     groups: dict[int, list[str]] = {}
     for atom, index in enumerate(run):
         groups.setdefault(int(index), []).extend(atoms.members[atom])
     return replace(problem, together=(*problem.together, *(tuple(g) for g in groups.values() if len(g) > 1)))
+
+
+def _split(problem: PartitionProblem, run: Ints) -> Ints:
+    """The runs, divided around atoms that pins name, and so that no run has more layers than a stage may."""
+    pinned = problem.pinned
+    if pinned.is_free:
+        return run
+    starts = np.diff(run, prepend=-1) != 0
+    for atom in pinned.fixed:
+        starts[atom : atom + 2] = True
+    if pinned.max_layers is not None:
+        held = 0
+        for atom, size in enumerate(pinned.sizes):
+            held = size if starts[atom] else held + size
+            # A quarter of a stage at most: so that stages can still be filled.
+            if held > max(size, pinned.max_layers // 4):
+                starts[atom], held = True, size
+    return np.cumsum(starts)
 
 
 def _open_bytes(atoms: Atoms) -> Floats:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeflow.errors import PlanError
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import closest
@@ -89,7 +90,12 @@ def improve(
 
 
 def _scale(problem: PartitionProblem, start: Sequence[Stage] | None) -> float:
-    reach = objective(problem, start) if start else math.fsum(layer.seconds for layer in problem.costs.layers)
+    if start:
+        reach = objective(problem, start)
+    else:  # pins may force dear transfers
+        bandwidth, latency = problem.cluster.link(0, 1) if problem.cluster.num_devices > 1 else (math.inf, 0.0)
+        moved = math.fsum(len(net.readers) * (latency + net.bytes / bandwidth) for net in problem.atoms.nets)
+        reach = math.fsum(compute_seconds(group, problem.cluster.devices[0]) for group in problem.atoms.layers) + moved
     return _RESOLUTION / reach if reach else 1.0
 
 
@@ -137,6 +143,7 @@ class _Model:
         self._add_memory(model, by_device)
         if self.problem.chunks == 1:
             self._add_used(model, on)
+        self._add_pins(model, on)
         if hints:
             for atom, row in enumerate(prefix):
                 for s, variable in enumerate(row):
@@ -182,11 +189,12 @@ class _Model:
     def _stages(self, stage_of: Sequence[int], most: int) -> tuple[Stage, ...]:
         sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(most)]
         if self.problem.chunks == 1:
-            return stages_of(self.problem, [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)])
+            row: Cut = [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)]
+            return stages_of(self.problem, self.problem.pinned.on_pinned_devices(row, self.problem.cluster.num_devices))
         cut: list[tuple[list[int], tuple[int]]] = []
         for slot, atoms in enumerate(sets):
             device = slot % self.num_devices
-            if atoms and cut and cut[-1][1] == (device,):
+            if atoms and cut and cut[-1][1] == (device,) and self.problem.pinned.allows([*cut[-1][0], *atoms]):
                 cut[-1] = ([*cut[-1][0], *atoms], (device,))
             elif atoms:
                 cut.append((atoms, (device,)))
@@ -240,6 +248,34 @@ class _Model:
                 used.append(in_flight * net.bytes * kept)
             if used:
                 model.add(sum(used) <= int(limit))
+
+    def _add_pins(self, model: Any, on: list[list[Any]]) -> None:
+        """Layers apart, few, and on their stages. What is on one device is one atom; on two, it is apart."""
+        pinned, most = self.problem.pinned, self.num_slots
+        for slot in range(most):
+            if pinned.max_layers is not None:
+                model.add(sum(int(n) * row[slot] for n, row in zip(pinned.sizes, on, strict=True)) <= pinned.max_layers)
+            for a, b in pinned.apart:
+                model.add(on[a][slot] + on[b][slot] <= 1)
+        for atom, indices in pinned.stages.items():
+            for index in indices:
+                for slot in range(most):
+                    self._add_place(model, on, on[atom][slot], slot, index)
+
+    def _add_place(self, model: Any, on: list[list[Any]], here: Any, slot: int, index: int) -> None:
+        """If an atom is in the slot, that is the stage `index`; the first stage is the first slot in use."""
+        if index < 0:
+            if slot != self.num_slots + index:
+                model.add(here == 0)
+            return
+        first = slot - index
+        if first < 0:
+            model.add(here == 0)
+            return
+        model.add(here <= sum(row[first] for row in on))
+        if first > 0:
+            for row in on:
+                model.add(here + row[first - 1] <= 1)
 
     def _add_used(self, model: Any, on: list[list[Any]]) -> None:
         """Unused stages come first, and none where a number of stages is asked for."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import combinations
 
 from pipeflow.errors import PlanError
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
@@ -94,7 +95,7 @@ class _Search:
         """Puts another stage before `later`; `left` devices are still to be used for the atoms `rest`."""
         count = self.problem.stage_count
         if not rest:
-            if not left and count in (None, len(later)):
+            if not left and count in (None, len(later)) and self._is_placed(later):
                 self._price(later)
             return
         most = count or self.problem.max_stages
@@ -123,6 +124,11 @@ class _Search:
         problem, costs, r = self.problem, self.block(block), len(devices)
         if r > 1 and costs.is_stuck:
             return False
+        pinned = problem.pinned
+        if not pinned.is_free and not pinned.allows(
+            self._members(block), None if problem.cluster.is_uniform else devices, num_replicas=r
+        ):
+            return False
         in_flight = problem.in_flight(Position(r, from_here, problem.num_microbatches))
         if costs.fixed_bytes + in_flight * costs.each_bytes > min(self.limits[d] for d in devices):
             return False
@@ -130,8 +136,15 @@ class _Search:
         both = max(compute, costs.least_transfers) if problem.overlap else compute + costs.least_transfers
         return problem.share(r) * both < self.best * _BETTER
 
+    def _is_placed(self, later: list[tuple[int, tuple[int, ...]]]) -> bool:
+        pinned = self.problem.pinned
+        return not pinned.stages or pinned.places([self._members(block) for block, _ in reversed(later)])
+
     def _price(self, later: list[tuple[int, tuple[int, ...]]]) -> None:
-        cut = [(self._members(block), devices) for block, devices in reversed(later)]
+        problem = self.problem
+        cut: Cut = [(self._members(block), devices) for block, devices in reversed(later)]
+        if problem.cluster.is_uniform:
+            cut = problem.pinned.on_pinned_devices(cut, problem.cluster.num_devices)
         stages = stages_of(self.problem, cut)
         seconds = objective(self.problem, stages)
         if seconds < self.best * _BETTER:

@@ -106,15 +106,15 @@ def _total_reason(problem: PartitionProblem) -> str | None:
 
 
 def shortfall(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[str, ...]:
-    """What each device lacks to hold its stages, the worst first.
+    """Why stages are not allowed: the pins that they break, then what each device lacks, the worst first.
 
     Args:
-        stages: a partition that breaks the memory limits.
+        stages: a partition, complete and in order; nothing is wrong with it if the result is empty.
     """
     terms = stage_terms(problem, stages)
     limits = memory_limits(problem)
     lacking = {d: n - limits[d] for d, n in device_bytes(stages, terms).items() if n > limits[d]}
-    result = []
+    result = list(problem.pins.broken(stages))
     for device in sorted(lacking, key=lambda d: (-lacking[d], d)):
         held = [(s, t) for s, t in zip(stages, terms, strict=True) if device in s.devices]
         parts = _stage_parts([t for _, t in held])
@@ -135,7 +135,8 @@ def no_cut_fits(problem: PartitionProblem, closest: Sequence[Stage] | None, what
         what: which cuts it searched, for example "cut of the graph's order".
     """
     if closest is None:
-        return Infeasible([f"no {what} keeps layers that cannot be replicated on stages of one replica"])
+        kept = "all pins, and " if problem.pins else ""
+        return Infeasible([f"no {what} keeps {kept}layers that cannot be replicated on stages of one replica"])
     reasons = shortfall(problem, closest)
     if not reasons:
         return Infeasible([f"no {what} satisfies the problem"])

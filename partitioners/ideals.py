@@ -56,6 +56,8 @@ def supports(problem: PartitionProblem) -> str | None:
         return "devices or links differ"
     if problem.stage_count is not None:
         return "a number of stages is asked for; set max_stages"
+    if problem.pinned.stages:
+        return "layers are pinned to stages; pin them to devices, or together and apart"
     return None
 
 
@@ -66,7 +68,8 @@ def ideals(problem: PartitionProblem) -> Partition:
     the lower bound is proven in any case.
 
     Raises:
-        PlanError: replicas, unlike devices, an exact number of stages, or more than 60,000 ideals.
+        PlanError: replicas, unlike devices, an exact number of stages, layers pinned to stages, or
+            more than 60,000 ideals.
         Infeasible: no cut fits.
     """
     if reason := supports(problem):
@@ -182,6 +185,14 @@ class _Table:
         return self.members.astype(np.float64) @ self.seconds
 
     @cached_property
+    def sizes(self) -> Floats:
+        """Layers of an ideal."""
+        count: Floats = self.members.astype(np.float64) @ (
+            self.problem.pinned.sizes * np.array(self.problem.atoms.bound)
+        )
+        return count
+
+    @cached_property
     def bytes(self) -> Floats:
         """What the atoms of an ideal hold at least, on one device."""
         problem, atoms = self.problem, self.problem.atoms
@@ -251,6 +262,7 @@ class _Table:
                 some = some[(self.words[some, word] & own[word]) == own[word]]
             if limit != math.inf:
                 some = some[self.bytes[some] - self.bytes[row] <= limit * (1 + 1e-12)]
+            some = self._allowed(some, row)
             if not len(some):
                 continue
             moved = self.open_seconds[some].copy()
@@ -271,6 +283,16 @@ class _Table:
             rows.append(int(parent[rows[-1]]))
         return rows[::-1]
 
+    def _allowed(self, some: Ints, row: int) -> Ints:
+        """Of the larger ideals `some`, those that a stage may lead to from the ideal `row`, by the pins."""
+        pinned, own = self.problem.pinned, self.members[row]
+        if pinned.max_layers is not None:
+            some = some[self.sizes[some] - self.sizes[row] <= pinned.max_layers]
+        for a, b in pinned.apart:
+            if not own[a] and not own[b]:
+                some = some[(self.members[some, a] == 0) | (self.members[some, b] == 0)]
+        return some
+
     def stages(self, chain: Sequence[int]) -> tuple[Stage, ...] | None:
         """The stages of a chain of rows; None if it leaves atoms out or breaks memory limits."""
         atoms = self.problem.atoms
@@ -280,5 +302,6 @@ class _Table:
         for device, (a, b) in enumerate(itertools.pairwise(chain)):
             mask = self.sorted_masks[b] & ~self.sorted_masks[a]
             cut.append(([atom for atom in range(atoms.count) if mask >> atom & 1], (device,)))
-        found = stages_of(self.problem, cut)
+        placed = self.problem.pinned.on_pinned_devices(cut, self.problem.cluster.num_devices)
+        found = stages_of(self.problem, placed)
         return None if shortfall(self.problem, found) else found

@@ -7,6 +7,7 @@
 last stage to the first, because what a stage must hold depends on the replicas from it on.
 Departures: memory limits by position, any number of micro-batches, tensors that skip stages, and
 a bound U that prunes: no run longer than U is a stage, and fewer than work / U devices never do.
+Pins narrow the runs; where they count stages from the first, each number of stages is tried in turn.
 
 Devices are taken in order: the first stage gets the first ones. Where they differ, the state also
 fixes which devices a stage gets, and the number in use is tried in turn. Where links differ, a
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from pipeflow.partitioners.atoms import Floats, Ints
 from pipeflow.partitioners.feasibility import memory_limits
 from pipeflow.partitioners.objective import compute_seconds
+from pipeflow.partitioners.pinned_runs import PinnedRuns
 from pipeflow.partitioners.problem import PartitionProblem, Position
 from pipeflow.partitioners.segments import Row, Segments
 
@@ -67,12 +69,20 @@ def cut_order(
         readers: how a tensor with several readers is counted; see `Segments`.
         memory_factor: multiplies every memory limit.
     """
-    program = _Program(problem, tuple(order), readers, memory_factor)
-    uppers = [bound * f for f in (1.02, 1.1, 1.5, 2.5, 5, 12) if bound > 0] if program.size > 20_000 else []
-    for limit in (*(u for u in uppers if u < upper), upper):
-        if found := program.solve(limit):
-            return found
-    return None
+    counts: Sequence[int | None] = (problem.stage_count,)
+    if problem.stage_count is None and problem.pinned.counts_from_start:
+        counts = range(1, problem.stage_limit + 1)
+    best = None
+    for count in counts:
+        program = _Program(problem, tuple(order), readers, memory_factor, count)
+        uppers = [bound * f for f in (1.02, 1.1, 1.5, 2.5, 5, 12) if bound > 0] if program.size > 20_000 else []
+        for limit in (*(u for u in uppers if u < upper), upper):
+            found = program.solve(limit)
+            if found is not None and (best is None or found.seconds * _TIE < best.seconds):
+                best, upper = found, min(upper, found.seconds)
+            if found is not None:
+                break
+    return best
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,13 @@ class _Program:
     order: tuple[int, ...]
     readers: Literal["once", "each"]
     memory_factor: float
+    num_stages: int | None
+    """Exactly so many; None leaves it open."""
+
+    @cached_property
+    def pinned(self) -> PinnedRuns | None:
+        pinned = self.problem.pinned
+        return None if pinned.is_free else PinnedRuns(pinned, self.order, self.num_stages)
 
     @cached_property
     def segments(self) -> Segments:
@@ -165,9 +182,11 @@ class _Program:
     def _used_counts(self) -> list[int]:
         problem = self.problem
         most = problem.device_limit
-        if problem.replicas is not None or (problem.stage_count is not None and problem.replica_limit == 1):
+        if self.num_stages is not None and problem.replica_limit == 1:
+            return [self.num_stages]
+        if problem.replicas is not None:
             return [most]
-        least = problem.stage_count or 1
+        least = self.num_stages or 1
         counts = list(range(most, least - 1, -1))
         return (
             counts if len(counts) <= _MOST_COUNTS else sorted({*counts[:2], *counts[:: len(counts) // 8]}, reverse=True)
@@ -194,8 +213,10 @@ class _Program:
         problem = self.problem
         if problem.replica_limit == 1:
             return 0  # a stage is a device
-        if problem.stage_count is not None:
-            return problem.stage_count
+        if self.num_stages is not None:
+            return self.num_stages
+        if self.pinned is not None and self.pinned.has_turns:
+            return problem.stage_limit
         free = problem.max_stages is None or problem.max_stages >= min(len(self.order), problem.device_limit)
         return 0 if free else min(problem.max_stages or 0, len(self.order))
 
@@ -217,6 +238,8 @@ class _Program:
             width = n - i
             if limit < math.inf:
                 width = int(np.searchsorted(shortest * (work[i + 1 :] - work[i]), limit, side="right"))
+            if self.pinned is not None:
+                width = min(width, int(self.pinned.longest[i]))
             if width == 0 or low > high:
                 continue
             if self.is_single:
@@ -233,6 +256,8 @@ class _Program:
                 if room is not None:
                     held = self.in_flight[counts, d, None]
                     values = np.where(held > (room if self.alike else room[counts]), np.inf, values)
+                if self.pinned is not None:
+                    values[self._broken(i, k or d, width, used - d)[counts]] = np.inf
                 flat = int(values.argmin())
                 value = values.flat[flat]
                 if value <= limit and value < best[k, d, i]:
@@ -267,10 +292,27 @@ class _Program:
         room = self._room(row, 0, width)
         if room is not None:
             values[self.in_flight[0, low : high + 1, None] > room] = np.inf
+        if self.pinned is not None and self.pinned.has_turns:
+            for d in range(low, high + 1):
+                values[d - low, self._broken(i, d, width, 0)[0]] = np.inf
         places = values.argmin(axis=1)
         least = values[np.arange(len(places)), places]
         best[low : high + 1, i] = np.where(least <= limit, least, np.inf)
         chosen_j[low : high + 1, i] = i + 1 + places
+
+    def _broken(self, start: int, turn: int, width: int, device: int) -> NDArray[np.bool_]:
+        """Which stages [start, j) on r devices from `device` on break a pin, of shape (r - 1, j)."""
+        pinned, most = self.pinned, self.problem.replica_limit
+        assert pinned is not None
+        least, greatest = pinned.lengths(start, turn)
+        lengths, r = np.arange(1, width + 1), np.arange(1, most + 1)[:, None]
+        broken: NDArray[np.bool_] = np.broadcast_to((lengths < least) | (lengths > greatest), (most, width))
+        if pinned.has_devices and self.alike:
+            return broken | (pinned.least_replicas(start, width) > r)
+        if pinned.has_devices:
+            first, last = pinned.device_span(start, width)
+            return broken | (first < device) | (last >= device + r)
+        return broken
 
     def _equal_links(self, used: int) -> tuple[Floats, Floats, Floats]:
         bandwidth, latency = self.problem.cluster.link(0, 1) if self.problem.cluster.num_devices > 1 else (math.inf, 0)
@@ -319,7 +361,7 @@ class _Program:
         self, best: Floats, chosen_r: NDArray[np.int16], chosen_j: NDArray[np.int32], used: int
     ) -> LinearCut | None:
         counted = self.num_counted
-        exact = self.problem.stage_count
+        exact = self.num_stages
         ks = [counted] if exact or not counted else list(range(1, counted + 1))
         ds: Sequence[int] = range(1, used + 1) if self.alike else (used,)
         if exact and not counted:
@@ -333,6 +375,10 @@ class _Program:
             r, j = int(chosen_r[k, d, i]), int(chosen_j[k, d, i])
             stages.append((self.order[i:j], tuple(range(device, device + r))))
             i, d, k, device = j, d - r, max(k - 1, 0), device + r
+        if self.alike:
+            return LinearCut(
+                float(least), self.problem.pinned.on_pinned_devices(stages, self.problem.cluster.num_devices)
+            )
         return LinearCut(float(least), tuple(stages))
 
 

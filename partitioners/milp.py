@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeflow.errors import PlanError
 from pipeflow.partitioners import cpsat as model
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import closest
@@ -34,6 +35,8 @@ def supports(problem: PartitionProblem) -> str | None:
         return "a number of stages is asked for; set max_stages"
     if problem.chunks > 1:
         return "a device may hold several stages; set chunks=1"
+    if problem.pinned.stages:
+        return "layers are pinned to stages; pin them to devices, or together and apart"
     if memory_binds(problem) and problem.in_flight(Position(1, 1, problem.num_microbatches)) > 0:
         return "memory limits bind activations"
     return None
@@ -55,7 +58,8 @@ def milp(problem: PartitionProblem) -> Partition:
     if stage_of is None:
         raise no_cut_fits(problem, closest(problem, bound), "cut")
     sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(problem.stage_limit)]
-    stages = stages_of(smaller, [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)])
+    cut: Cut = [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)]
+    stages = stages_of(smaller, smaller.pinned.on_pinned_devices(cut, problem.cluster.num_devices))
     if shortfall(problem, stages):
         raise PlanError("the cut that HiGHS found breaks a memory limit within its tolerance; use another partitioner")
     return certified(problem, stages, partitioner="milp", lower_bound=max(bound, proved))
@@ -113,6 +117,7 @@ class _Rows:
         self._add_order()
         self._add_nets()
         self._add_loads()
+        self._add_pins()
 
     def prefix(self, atom: int, stage: int) -> tuple[dict[int, float], float]:
         """p[atom, stage] as (coefficients, constant)."""
@@ -167,6 +172,17 @@ class _Rows:
             self.add(load)
             if limit < math.inf:
                 self.add(held, 1.0)
+
+    def _add_pins(self) -> None:
+        pinned = self.problem.pinned
+        for stage in range(self.most):
+            for a, b in pinned.apart:
+                self.add(_minus(self.on(a, stage), self.on(b, stage), 1.0), 1.0)
+            if pinned.max_layers is not None:
+                held: tuple[dict[int, float], float] = ({}, 0.0)
+                for atom, count in enumerate(pinned.sizes):
+                    held = _minus(held, self.on(atom, stage), float(count))
+                self.add(held, float(pinned.max_layers))
 
 
 def _minus(

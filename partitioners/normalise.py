@@ -10,7 +10,8 @@ Then the stage that gains v saves the transfers between the two and pays no more
 the stage that loses it saves too, and no third stage notices. That covers nodes with a single
 neighbour whose transfer costs more than they do, and series of which one link is dearer than
 the next. It holds where stages have one replica on devices alike, transfers add to compute, any
-smaller number of stages will do, and memory cannot bind (or v takes none).
+smaller number of stages will do, and memory cannot bind (or v takes none). No pin may name v, nor
+count stages or layers.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def _applies(problem: PartitionProblem) -> bool:
         and problem.cluster.is_uniform
         and not problem.overlap
         and not problem.cluster.devices[0].speed_by_kind
+        and not problem.pinned.stages
+        and problem.pinned.max_layers is None
     )
 
 
@@ -66,7 +69,7 @@ def _disjoint_pairs(problem: PartitionProblem) -> Iterator[tuple[int, int]]:
     binds = memory_binds(problem)
     taken: set[int] = set()
     for v in range(atoms.count):
-        if binds and (atoms.parameter_bytes[v] or atoms.saved_bytes[v]):
+        if v in problem.pinned.fixed or (binds and (atoms.parameter_bytes[v] or atoms.saved_bytes[v])):
             continue
         partners = inside[v]
         if v in taken or not partners:

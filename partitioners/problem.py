@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.pins import Pins
 
 if TYPE_CHECKING:
     from pipeflow.partitioners.atoms import Atoms
+    from pipeflow.partitioners.pinned_atoms import PinnedAtoms
 
 
 class Position(NamedTuple):
@@ -80,9 +82,11 @@ class PartitionProblem:
             interleaved schedules place them, on device 0, 1, ... K - 1, 0, 1, ..., where some turns
             may be left out.
         together: groups of layers that must share a stage, beside the costs' colocated ones.
+        pins: what a person fixed: layers on stages and devices, together and apart.
 
     Raises:
-        PlanError: a count below 1, or replicas that contradict the number of stages.
+        PlanError: a count below 1, replicas that contradict the number of stages, pins that name
+            what is not there, or layers on stages or devices where there are several chunks.
     """
 
     costs: GraphCosts
@@ -101,6 +105,7 @@ class PartitionProblem:
     unordered: frozenset[str] = field(default_factory=frozenset)
     together: tuple[tuple[str, ...], ...] = ()
     chunks: int = 1
+    pins: Pins = field(default_factory=Pins)
 
     def __post_init__(self) -> None:
         for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):
@@ -123,6 +128,11 @@ class PartitionProblem:
         count = self.stage_count
         if count is not None and self.max_stages is not None and count > self.max_stages:
             raise PlanError(f"{count} stages are asked for, but max_stages={self.max_stages}; raise the limit")
+        self.pins.check(self.costs, self.cluster.num_devices)
+        if self.chunks > 1 and self.pins.on:
+            raise PlanError(
+                f"{self.pins.on[0]}, but with chunks={self.chunks} a device holds several stages; set chunks=1"
+            )
 
     @property
     def stage_count(self) -> int | None:
@@ -155,7 +165,14 @@ class PartitionProblem:
         """The layers grouped into what every valid partition keeps together, as arrays."""
         from pipeflow.partitioners.atoms import find_atoms
 
-        return find_atoms(self.costs, self.unordered, self.together)
+        return find_atoms(self.costs, self.unordered, (*self.together, *self.pins.groups()))
+
+    @cached_property
+    def pinned(self) -> PinnedAtoms:
+        """The pins, of atoms: what is left of them once what is together is one atom."""
+        from pipeflow.partitioners.pinned_atoms import pinned_atoms
+
+        return pinned_atoms(self.pins, self.atoms, one_replica=self.replica_limit == 1)
 
     def reductions(self, num_replicas: int) -> float:
         """How often a replica reduces its gradients, per micro-batch of the batch."""

@@ -6,6 +6,7 @@ Decides from counts alone; costs only tell whether the result fits and what it i
 from __future__ import annotations
 
 from pipeflow.errors import Infeasible
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import require_feasible, shortfall
@@ -27,14 +28,20 @@ def uniform(problem: PartitionProblem) -> Partition:
     replicas = problem.replicas or (1,) * (problem.stage_count or problem.stage_limit)
     ends = _even_ends([len(names) for names in atoms.members], len(replicas))
     starts = [0, *ends[:-1]]
-    cut, device = [], 0
+    parts: list[tuple[range, range]] = []
+    device = 0
     for start, end, count in zip(starts, ends, replicas, strict=True):
         if count > 1 and not atoms.replicable[start:end].all():
             name = next(c.name for group in atoms.layers[start:end] for c in group if not c.replicable)
             raise Infeasible([f"the even cut puts {name!r}, which cannot be replicated, on {count} replicas"])
-        cut.append((range(start, end), range(device, device + count)))
+        parts.append((range(start, end), range(device, device + count)))
         device += count
+    cut: Cut = parts
+    if problem.cluster.is_uniform:
+        cut = problem.pinned.on_pinned_devices(cut, problem.cluster.num_devices)
     stages = stages_of(problem, cut)
+    if broken := problem.pins.broken(stages):
+        raise Infeasible([f"the even cut breaks a pin: {story}; use another partitioner" for story in broken[:1]])
     if reasons := shortfall(problem, stages):
         raise Infeasible([f"the even cut does not fit: {reasons[0]}", *reasons[1:]])
     return certified(problem, stages, partitioner="uniform", lower_bound=lower_bound(problem))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeflow.partitioners import PARTITIONERS
     from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
     from pipeflow.partitioners.partition import Certificate, Mesh, Partition, Stage
+    from pipeflow.partitioners.pins import Pin, Pins
     from pipeflow.partitioners.problem import PartitionProblem
     from pipeflow.partitioning import partition
     from pipeflow.planner import plan
@@ -44,6 +45,8 @@ _HOME = {
     "PARTITIONERS": "pipeflow.partitioners",
     "Partition": "pipeflow.partitioners.partition",
     "PartitionProblem": "pipeflow.partitioners.problem",
+    "Pin": "pipeflow.partitioners.pins",
+    "Pins": "pipeflow.partitioners.pins",
     "Plan": "pipeflow.execution_plan",
     "Proof": "pipeflow.verifier",
     "Recipe": "pipeflow.recipe",
@@ -78,6 +81,8 @@ __all__ = [
     "Mesh",
     "Partition",
     "PartitionProblem",
+    "Pin",
+    "Pins",
     "Plan",
     "Proof",
     "Recipe",

@@ -17,6 +17,7 @@ from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Certificate, Stage
+from pipeflow.partitioners.pins import Pins
 from pipeflow.values import Count, Value
 
 
@@ -33,10 +34,11 @@ class Plan(Value):
         num_microbatches: into how many a batch is cut, as evenly as can be, larger ones first.
         batch_size: samples of a whole batch that the plan was made for; a run may use others.
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
+        pins: what a person fixed, which the stages keep.
 
     Raises:
         PlanError: a layer is on no stage or on two, data flows backward between stages, a
-            device does not exist, or a colocated group is split.
+            device does not exist, a colocated group is split, or a pin is not kept.
     """
 
     format: Literal["pipeflow-plan-1"] = "pipeflow-plan-1"
@@ -49,6 +51,7 @@ class Plan(Value):
     num_microbatches: Count
     batch_size: Count
     optimizer_ratio: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    pins: Pins = Field(default_factory=Pins)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,6 +81,9 @@ class Plan(Value):
         for group in self.costs.colocated:
             if len({stage_by_layer[layer] for layer in group}) > 1:
                 raise PlanError(f"layers {', '.join(group)} share parameters and must share a stage")
+        self.pins.check(self.costs, self.cluster.num_devices)
+        if broken := self.pins.broken(self.stages):
+            raise PlanError(f"{broken[0]}; keep the plan's pins or leave them out")
         return self
 
     @cached_property

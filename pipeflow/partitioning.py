@@ -19,6 +19,7 @@ from pipeflow.graphs.formats.profile import Profile
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, holds_nothing
 from pipeflow.values import Count, Value
 
@@ -61,6 +62,7 @@ def partition(
     max_replicas: int | None = None,
     num_microbatches: int | None = None,
     overlap: bool = False,
+    pins: Pins | None = None,
 ) -> PartitionReport:
     """Cuts a graph into stages for a pipeline, with a proof of how good the cut is.
 
@@ -76,6 +78,7 @@ def partition(
         partitioner: a name in `PARTITIONERS`, or a function.
         num_stages, max_stages, replicas, max_replicas, num_microbatches, overlap: as in
             `PartitionProblem`; formats without gradients to reduce allow one replica.
+        pins: layers that must be somewhere, together or apart.
 
     Raises:
         FormatError: the file is not what its format promises, or the format is unknown.
@@ -99,6 +102,7 @@ def partition(
         replicas=replicas,
         max_replicas=max_replicas if profile.holds_state else 1,
         overlap=overlap,
+        pins=pins or Pins(),
     )
     if isinstance(partitioner, str):
         if partitioner not in PARTITIONERS:

@@ -17,6 +17,7 @@ from pipeflow.graphs.costs import GraphCosts, total_seconds
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.recompute import Recompute, RecomputeChoice, cut_with_recompute, resolve_recompute
 from pipeflow.schedules import SCHEDULES, OrderFunction, Schedule, resolve_schedule
@@ -50,6 +51,7 @@ def plan(
     max_replicas: int | None = None,
     overlap: bool = False,
     recompute: RecomputeChoice = "never",
+    pins: Pins | None = None,
 ) -> Plan:
     """The plan with the shortest simulated iteration of all that are tried, verified.
 
@@ -73,6 +75,7 @@ def plan(
         recompute: which layers keep nothing for backward and are computed again for it: "never",
             "always", "fit" (on each stage those that cost the least time among what makes it fit its
             devices, none where it fits), or names of layers, `*` and `?` allowed.
+        pins: layers that must be somewhere, together or apart.
 
     Raises:
         PlanError: an unknown name, a count below 1, a pattern that no layer fits, or costs of
@@ -93,6 +96,7 @@ def plan(
         max_replicas=max_replicas,
         optimizer_ratio=optimizer_ratio,
         overlap=overlap,
+        pins=pins or Pins(),
     )
     search = _Search(
         problem=problem,
@@ -269,6 +273,7 @@ class _Search:
             num_microbatches=problem.num_microbatches,
             batch_size=self.batch_size,
             optimizer_ratio=problem.optimizer_ratio,
+            pins=problem.pins,
         )
         timeline = simulate(candidate)
         over = max(

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pipeflow.cli.pins import pin_options
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.schedules import SCHEDULES
 from pipeflow.units import parse_bytes
@@ -57,4 +58,4 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options of a `pipeflow.cli.planning.Request` to a command, its batch size apart."""
     for option in reversed(_OPTIONS):
         function = option(function)
-    return function
+    return pin_options(function)

@@ -8,12 +8,14 @@ import click
 
 from pipeflow.cli.console import print_json, show
 from pipeflow.cli.options import json_option, parse_amount, parse_counts
+from pipeflow.cli.pins import pin_options
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.formats import FORMATS
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.report.table import Table
 
 if TYPE_CHECKING:
+    from pipeflow.partitioners.pins import Pins
     from pipeflow.partitioning import PartitionReport
 
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--max-replicas", type=click.IntRange(min=1), help="At most so many of any stage; 1 forbids them.")
 @click.option("--partitioner", default="auto", show_default=True, help=f"One of {', '.join(PARTITIONERS)}.")
 @click.option("--overlap", is_flag=True, help="Transfers run while a device computes: the longer of both counts.")
+@pin_options
 @json_option
 @click.pass_context
 def command(
@@ -64,6 +67,7 @@ def command(
     partitioner: str,
     overlap: bool,
     as_json: bool,
+    pins: Pins | None,
 ) -> None:
     """Cut the graph in PROFILE into stages, without a schedule and without torch.
 
@@ -87,6 +91,7 @@ def command(
             max_replicas=max_replicas,
             partitioner=partitioner,
             overlap=overlap,
+            pins=pins,
         )
     except Infeasible as error:
         if not as_json:

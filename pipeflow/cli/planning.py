@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeflow.graphs.costs import GraphCosts
     from pipeflow.graphs.layer_graph import LayerGraph
     from pipeflow.partitioners.cluster import Cluster
+    from pipeflow.partitioners.pins import Pins
     from pipeflow.recipe import Recipe
 
 _PROFILED_MICROBATCHES = 8
@@ -40,10 +41,12 @@ class Request:
     partitioner: str | None
     schedule: str | None
     profile_cache: str | None
+    pins: Pins | None = None
 
     def given(self) -> list[str]:
         """The names of what was asked for."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return ["pin" if name == "pins" else name for name in names]
 
     def for_ranks(self, num_ranks: int, recipe: Recipe | None) -> Request:
         """The request on as many devices as a job has ranks; the recipe's own layout stays if it fits."""
@@ -154,6 +157,7 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
         num_stages=request.stages or (layout.num_stages if layout else None),
         replicas=request.replicas or (layout.replicas if layout else None),
         num_microbatches=microbatches,
+        pins=request.pins,
     )
 
 

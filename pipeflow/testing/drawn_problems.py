@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
+from pipeflow.partitioners.pins import Pin, Pins
 from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward
 
 _TICK = 2.0**-10
@@ -123,12 +124,32 @@ def in_flight_all(position: Position) -> int:
 
 
 @st.composite
+def pins(draw: st.DrawFn, graph: GraphCosts, num_devices: int) -> Pins:
+    """Draws one or two kinds of pins for a graph on so many devices; they may contradict each other."""
+    names, edges = [c.name for c in graph.layers], sorted(graph.graph.edges)
+    kinds = draw(st.sets(st.sampled_from(["stage", "device", "together", "apart", "no_cut", "few"]), max_size=2))
+    on = [Pin(layer=draw(st.sampled_from(names)), stage=draw(st.integers(-2, 2))) for _ in range(2) if "stage" in kinds]
+    devices = st.integers(0, num_devices - 1)
+    on += [Pin(layer=draw(st.sampled_from(names)), device=draw(devices)) for _ in range(2) if "device" in kinds]
+    some = st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True).map(tuple)
+    several = len(names) > 1
+    return Pins(
+        on=tuple(on),
+        together=(draw(some),) if several and "together" in kinds else (),
+        apart=(draw(some),) if several and "apart" in kinds else (),
+        no_cut=(draw(st.sampled_from(edges)),) if edges and "no_cut" in kinds else (),
+        max_layers=draw(st.integers(1, len(names))) if "few" in kinds else None,
+    )
+
+
+@st.composite
 def problems(
     draw: st.DrawFn,
     *,
     graphs: st.SearchStrategy[GraphCosts] | None = None,
     cluster: st.SearchStrategy[Cluster] | None = None,
     constrained: bool = True,
+    pinned: bool | None = None,
 ) -> PartitionProblem:
     """Draws a partition problem; it may be infeasible.
 
@@ -136,6 +157,7 @@ def problems(
         graphs: of the costs; `costs()` by default.
         cluster: of the cluster; `clusters()` by default.
         constrained: whether numbers of stages and replicas may be asked for.
+        pinned: whether there are pins; None for either where it is constrained, and else none.
     """
     drawn = draw(clusters() if cluster is None else cluster)
     num_stages = max_stages = max_replicas = None
@@ -150,8 +172,11 @@ def problems(
         max_replicas = draw(st.sampled_from([None, 1, 2]))
     elif rule == "replicas":
         replicas = tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=drawn.num_devices)))
+    graph = draw(costs() if graphs is None else graphs)
+    if pinned is None:
+        pinned = constrained and draw(st.integers(0, 2)) == 2
     return PartitionProblem(
-        costs=draw(costs() if graphs is None else graphs),
+        costs=graph,
         cluster=drawn,
         num_microbatches=draw(st.integers(1, 9)),
         in_flight=draw(st.sampled_from([one_forward_one_backward, in_flight_all])),
@@ -163,4 +188,5 @@ def problems(
         overlap=draw(st.booleans()),
         reduce_every=draw(st.sampled_from(["iteration", "iteration", "microbatch"])),
         fan_out=draw(st.sampled_from(["stage", "tensor"])),
+        pins=draw(pins(graph, drawn.num_devices)) if pinned else Pins(),
     )

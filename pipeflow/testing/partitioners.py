@@ -14,6 +14,7 @@ from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.testing.partitions import check_partition
 
@@ -36,7 +37,7 @@ def check_partitioner(partitioner: Callable[[PartitionProblem], Partition], prob
         _check_against_oracle(found, problem)
     _require(_attempt(partitioner, problem) == found, "not deterministic: the same problem, another partition")
     graph = renamed(problem.costs)
-    other = _attempt(partitioner, replace(problem, costs=graph))
+    other = _attempt(partitioner, replace(problem, costs=graph, pins=_renamed_pins(problem, graph)))
     _require(_shape(other, graph) == _shape(found, problem.costs), "names matter: renamed layers are cut otherwise")
     twice = _attempt(partitioner, scaled(problem, 2))
     _require((twice is None) == (found is None), "scale matters: feasible only when seconds are, or are not, doubled")
@@ -88,6 +89,16 @@ def renamed(graph: GraphCosts) -> GraphCosts:
             tensor["name"] = tensors[tensor["name"]]
     data["colocated"] = [[names[n] for n in group] for group in data["colocated"]]
     return GraphCosts.model_validate(data)
+
+
+def _renamed_pins(problem: PartitionProblem, graph: GraphCosts) -> Pins:
+    names = {before.name: after.name for before, after in zip(problem.costs.layers, graph.layers, strict=True)}
+    data = problem.pins.model_dump()
+    for pin in data["on"]:
+        pin["layer"] = names[pin["layer"]]
+    for kind in ("together", "apart", "no_cut"):
+        data[kind] = [[names[n] for n in group] for group in data[kind]]
+    return Pins.model_validate(data)
 
 
 def scaled(problem: PartitionProblem, factor: int) -> PartitionProblem:

@@ -13,7 +13,7 @@ def check_partition(partition: Partition, problem: PartitionProblem) -> None:
     """Checks that the partition is valid for the problem and its certificate consistent.
 
     Complete and disjoint; convex and acyclic between stages (every edge between ordered layers
-    leads to the same stage or a later one); colocated layers together; on devices of the cluster,
+    leads to the same stage or a later one); colocated layers together; pins kept; on devices of the cluster,
     each with one stage; as many stages and replicas as asked for; within memory; the objective
     recomputed equal, and no smaller than the lower bound.
 
@@ -23,6 +23,7 @@ def check_partition(partition: Partition, problem: PartitionProblem) -> None:
     _check_layers(partition, problem)
     _check_order(partition, problem)
     _check_devices(partition, problem)
+    _check_pins(partition, problem)
     _check_memory(partition, problem)
     _check_certificate(partition, problem)
 
@@ -79,6 +80,11 @@ def _check_devices(partition: Partition, problem: PartitionProblem) -> None:
             stage.num_replicas == 1 or not stuck,
             f"stage {index} has {stage.num_replicas} replicas, but layers {stuck} cannot be replicated",
         )
+
+
+def _check_pins(partition: Partition, problem: PartitionProblem) -> None:
+    broken = problem.pins.broken(partition.stages)
+    _require(not broken, f"a pin is not kept: {'; '.join(broken)}")
 
 
 def _check_turns(partition: Partition, problem: PartitionProblem) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from pipeflow.cli import cli
@@ -42,3 +43,26 @@ def test_the_number_of_devices_is_asked_for(costs_file: Path) -> None:
     done = CliRunner().invoke(cli, ["partition", str(costs_file)])
     assert done.exit_code == 2
     assert "number of devices" in done.stderr
+
+
+def test_pins_are_kept(costs_file: Path) -> None:
+    fixed = ["--pin", "l0=device:2", "--together", "l3,l5", "--apart", "l1,l2", "--no-cut", "l0,l1"]
+    done = CliRunner().invoke(cli, ["partition", str(costs_file), "--devices", "3", "--json", *fixed])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["stages"] == [["l0", "l1"], ["l2"], ["l3", "l4", "l5"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "story"),
+    [
+        ("--pin", "l0", "write for example head=stage:-1"),
+        ("--pin", "l0=device:-1", "write for example head=stage:-1"),
+        ("--pin", "z=stage:0", "not a layer"),
+        ("--no-cut", "l0", "write its two layers"),
+        ("--apart", "l0", "at least two layers"),
+    ],
+)
+def test_pins_that_make_no_sense_are_a_wrong_call(costs_file: Path, option: str, text: str, story: str) -> None:
+    done = CliRunner().invoke(cli, ["partition", str(costs_file), "--devices", "2", option, text])
+    assert done.exit_code == 2
+    assert story in " ".join(done.stderr.split())

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from pipeflow.cli import cli
+from pipeflow.errors import PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs import LayerGraph, lazy
 from pipeflow.partitioners.cluster import Cluster
@@ -141,9 +142,24 @@ def test_planning_from_costs_never_loads_torch(costs_file: Path) -> None:
 import sys
 from click.testing import CliRunner
 from pipeflow.cli import cli
+from pipeflow.errors import PlanError
 done = CliRunner().invoke(cli, ["plan", {str(costs_file)!r}, "--devices", "2", "--batch-size", "4"])
 assert done.exit_code == 0, done.output
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_keeps_its_pins(costs_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    command = ["plan", str(costs_file), "--devices", "3", "--batch-size", "6", "--output", str(path)]
+    done = CliRunner().invoke(cli, [*command, "--pin", "l0=device:1", "--pin", "l4=stage:-1", "--apart", "l0,l4"])
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(path)
+    assert plan.pins.apart == (("l0", "l4"),)
+    assert 1 in plan.stages[plan.stage_by_layer["l0"]].devices
+    text = path.read_text().replace('"stage": -1', '"stage": 0')
+    path.write_text(text)
+    with pytest.raises(PlanError, match="pinned to stage 0, but is on stage 1"):
+        Plan.load(path)

@@ -12,6 +12,7 @@ from pipeflow.errors import Infeasible
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, holds_nothing
 from pipeflow.testing.drawn_problems import clusters, costs, problems
 from pipeflow.testing.partitioners import check_partitioner
@@ -21,6 +22,10 @@ SOLVERS = {"cpsat": "ortools", "milp": "scipy"}
 NAMES = sorted(name for name in PARTITIONERS if name not in SOLVERS or find_spec(SOLVERS[name]))
 EXACT_ON_CHAINS = ["chain", "exhaustive"]
 ROUNDING = 1e-9
+
+
+def without_stages(pins: Pins) -> Pins:
+    return pins.model_copy(update={"on": tuple(pin for pin in pins.on if pin.stage is None)})
 
 
 def suited(name: str, problem: PartitionProblem) -> PartitionProblem:
@@ -37,6 +42,7 @@ def suited(name: str, problem: PartitionProblem) -> PartitionProblem:
         replicas=None,
         num_stages=problem.num_stages if name == "cpsat" else None,
         overlap=problem.overlap and name == "ideals",
+        pins=problem.pins if name == "cpsat" else without_stages(problem.pins),
     )
 
 
