@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
     from pipeflow.graphs.layer import Handle, Layer, lazy
     from pipeflow.graphs.layer_graph import LayerGraph
+    from pipeflow.graphs.nesting import Constant
     from pipeflow.graphs.profiler import profile
     from pipeflow.graphs.sizes import Length
     from pipeflow.graphs.tensor_spec import TensorSpec
 
 _MODULE_BY_NAME = {
+    "Constant": "nesting",
     "GraphCosts": "costs",
     "Handle": "layer",
     "Layer": "layer",
@@ -30,6 +32,7 @@ _MODULE_BY_NAME = {
 }
 
 __all__ = [
+    "Constant",
     "GraphCosts",
     "Handle",
     "Layer",

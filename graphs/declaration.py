@@ -6,11 +6,12 @@ Looks at what was said and at what inference found, not at the graph.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeflow.errors import GraphError, ShapeError
-from pipeflow.graphs.layer import Function, Handle, Instance, Lazy, Reduction, Source
+from pipeflow.graphs.layer import Function, Instance, Lazy, Reduction, Source
+from pipeflow.graphs.nesting import Leaf
 from pipeflow.graphs.sizes import Dim, size_of
 
 if TYPE_CHECKING:
@@ -24,20 +25,9 @@ def is_input_shape(shape: Sequence[Dim]) -> bool:
     return plain and (shape[:1] == ("B",) or any(size.terms for size in rest))
 
 
-def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
-    from torch import Tensor, nn
-
-    for key, value in kwargs.items():
-        if isinstance(value, Handle | Tensor | nn.Module):
-            raise GraphError(
-                f"layer {name!r}: {key}={type(value).__name__} is not a constant; tensors of the graph go by position, "
-                "weights and tables into a module"
-            )
-
-
 def check_loss(name: str, facts: Inferred) -> None:
     spec = facts.outputs[0]
-    if facts.gives_tuple or spec.shape != () or not spec.dtype.startswith(("float", "bfloat")):
+    if not isinstance(facts.results, Leaf) or spec.shape != () or not spec.dtype.startswith(("float", "bfloat")):
         given = ", ".join(str(s) for s in facts.outputs)
         raise ShapeError(f"loss {name!r} gives {given}; it must give one number, float32 () for example")
 

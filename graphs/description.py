@@ -13,7 +13,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType
+from dataclasses import dataclass
+from types import CellType, EllipsisType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from pipeflow.errors import FormatError, GraphError
 from pipeflow.graphs.import_path import Role, path_of
 from pipeflow.graphs.layer import Function, Instance, Layer, Lazy, Source
+from pipeflow.graphs.nesting import rebuild
 from pipeflow.graphs.sizes import Length
 from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
 
@@ -35,6 +37,14 @@ Fallback = Callable[[str, object], Json]
 Resolver = Callable[[str, Role], Callable[..., Any]]
 """Finds what a file names for a role, or raises FormatError."""
 
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """A tensor of the graph, among the arguments of a layer."""
+
+    name: str
+
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -43,7 +53,8 @@ def encode(where: str, value: object, fallback: Fallback) -> Json:
 
     Args:
         where: names the constant in errors.
-        value: None, numbers, text, tuples, lists, dicts by text, dtypes, functions, recipes.
+        value: None, numbers, text, tuples, lists, dicts by text, slices, dtypes, functions, recipes;
+            names of tensors.
         fallback: called for anything else.
     """
     match value:
@@ -57,6 +68,12 @@ def encode(where: str, value: object, fallback: Fallback) -> Json:
             return {"tuple": [encode(where, v, fallback) for v in value]}
         case dict() if type(value) is dict and all(isinstance(k, str) for k in value):
             return {"dict": {k: encode(f"{where}[{k!r}]", v, fallback) for k, v in value.items()}}
+        case slice():
+            return {"slice": [encode(where, v, fallback) for v in (value.start, value.stop, value.step)]}
+        case EllipsisType():
+            return {"slice": "..."}
+        case TensorName(name):
+            return {"tensor": name}
         case torch.dtype():
             return {"dtype": normalise_dtype(value)}
         case Lazy():
@@ -85,22 +102,29 @@ def encode_source(where: str, source: Source, fallback: Fallback) -> Json:
             return fallback(where, module)
 
 
-def decode(value: Json, resolve: Resolver) -> Any:
+def decode(value: Json, resolve: Resolver, *, tensors: bool = False) -> Any:
     """The constant that `encode` wrote.
 
     Args:
         resolve: the object of an import path and its role.
+        tensors: whether names of tensors may stand among it.
 
     Raises:
         FormatError: a tag that there is not.
     """
     match value:
         case list():
-            return [decode(v, resolve) for v in value]
+            return [decode(v, resolve, tensors=tensors) for v in value]
         case {"tuple": list(items)} if len(value) == 1:
-            return tuple(decode(v, resolve) for v in items)
+            return tuple(decode(v, resolve, tensors=tensors) for v in items)
         case {"dict": dict(items)} if len(value) == 1:
-            return {k: decode(v, resolve) for k, v in items.items()}
+            return {k: decode(v, resolve, tensors=tensors) for k, v in items.items()}
+        case {"tensor": str(name)} if len(value) == 1 and tensors:
+            return TensorName(name)
+        case {"slice": [start, stop, step]} if len(value) == 1:
+            return slice(*(decode(v, resolve) for v in (start, stop, step)))
+        case {"slice": "..."} if len(value) == 1:
+            return ...
         case {"float": ("inf" | "-inf" | "nan") as text} if len(value) == 1:
             return float(text)
         case {"dtype": str(name)} if len(value) == 1:
@@ -207,13 +231,19 @@ def _describe_function(where: str, function: FunctionType) -> Json:
 def encode_layer(layer: Layer, specs: Mapping[str, TensorSpec], fallback: Fallback) -> Json:
     """A layer as JSON."""
     where = f"layer {layer.name!r}"
+    args: Any = None
+    kwargs = layer.kwargs
+    if layer.arguments is not None:
+        args, kwargs = rebuild(layer.arguments, [TensorName(t) for t in layer.inputs])
     description = {
         "name": layer.name,
         "source": encode_source(where, layer.source, fallback),
         "inputs": list(layer.inputs),
-        "kwargs": {k: encode(f"{where}, {k}", v, fallback) for k, v in layer.kwargs.items()},
+        "kwargs": {k: encode(f"{where}, {k}", v, fallback) for k, v in kwargs.items()},
         "outputs": {t: encode_spec(specs[t]) for t in layer.outputs},
     }
+    if args is not None:
+        description["args"] = [encode(f"{where}, argument {i}", v, fallback) for i, v in enumerate(args)]
     if layer.is_loss:
         description["loss"] = {"weight": layer.weight, "reduction": layer.reduction, "count": layer.count}
     return description

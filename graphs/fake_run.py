@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeflow.errors import GraphError, ShapeError
+from pipeflow.graphs.calling import read_results
 from pipeflow.graphs.layer import Source, kind_of
+from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.norms import norm_calls
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import Trial
@@ -39,7 +41,7 @@ _BATCH_NORM_OPS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_ba
 @dataclass(frozen=True, slots=True)
 class Run:
     outputs: tuple[torch.Tensor, ...]
-    gives_tuple: bool
+    results: Nest
     is_random: bool
     mutated: frozenset[str]
     norm_calls: tuple[str, ...]
@@ -89,7 +91,7 @@ def run(
     function: Callable[..., Any],
     mode: FakeTensorMode,
     inputs: Sequence[TensorSpec],
-    kwargs: Mapping[str, Any],
+    arguments: Nest,
     trial: Trial,
 ) -> Run:
     """One training forward on fake tensors of the sizes to try."""
@@ -102,7 +104,8 @@ def run(
         versions = [t._version for t in tensors]
         watch.is_random = False
         try:
-            result = function(*tensors, **kwargs)
+            args, kwargs = rebuild(arguments, tensors)
+            result = function(*args, **kwargs)
         except Exception as error:
             raise _refusal(name, source, function, inputs, trial, error) from error
     if changed := [i for i, (t, v) in enumerate(zip(tensors, versions, strict=True)) if t._version != v]:
@@ -117,14 +120,16 @@ def run(
         for n, b in after.items()
         if n not in buffers or b is not buffers[n] or b._version != before[n] or id(b) in updated
     )
-    outputs = _outputs(name, source, result)
+    outputs, results = read_results(name, kind_of(source), result)
+    again = {i for i, t in enumerate(outputs) if any(t is other for other in outputs[:i])}
     return Run(
         outputs=outputs,
-        gives_tuple=isinstance(result, tuple | list),
+        results=results,
         is_random=watch.is_random,
         mutated=mutated,
         norm_calls=tuple(calls),
-        strided_outputs=frozenset(i for i, t in enumerate(outputs) if not t.is_contiguous()),
+        # One tensor given twice would have its gradients added in the order of no layout in particular.
+        strided_outputs=frozenset(i for i, t in enumerate(outputs) if not t.is_contiguous()) | again,
         strided_gradients=_strided_gradients(mode, tensors, outputs),
     )
 
@@ -154,20 +159,6 @@ def _fake(spec: TensorSpec, trial: Trial, device: torch.device | None) -> torch.
     shape = spec.shape_at(trial.samples, dict(trial.lengths))
     tensor = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=device or "cpu")
     return tensor.requires_grad_().clone() if spec.requires_grad else tensor
-
-
-def _outputs(name: str, source: Source, result: Any) -> tuple[torch.Tensor, ...]:
-    if isinstance(result, torch.Tensor):
-        return (result,)
-    sequence = isinstance(result, tuple | list)
-    if sequence and result and all(isinstance(t, torch.Tensor) for t in result):
-        return tuple(result)
-    kinds = ("Tensor" if isinstance(t, torch.Tensor) else type(t).__name__ for t in result) if sequence else ()
-    inside = f" of {', '.join(kinds) or 'nothing'}" if sequence else ""
-    raise GraphError(
-        f"layer {name!r} ({kind_of(source)}) gives a {type(result).__name__}{inside}, so the number of its outputs "
-        "cannot be known; a layer gives a tensor or a flat tuple of tensors: wrap it in a function that does"
-    )
 
 
 def fake_copy(name: str, module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,19 @@ import networkx as nx
 from pydantic import Field
 
 from pipeflow.errors import FormatError, GraphError, ShapeError
-from pipeflow.graphs.description import Resolver, decode, encode_layer, encode_lengths, encode_spec, refuse
+from pipeflow.graphs.description import (
+    Resolver,
+    TensorName,
+    decode,
+    encode_layer,
+    encode_lengths,
+    encode_spec,
+    refuse,
+)
 from pipeflow.graphs.import_path import Role, check_prefixes, resolve
-from pipeflow.graphs.layer import Function, Lazy
+from pipeflow.graphs.layer import Function, Handle, Lazy
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.nesting import Constant, flatten, rebuild
 from pipeflow.graphs.sizes import Length
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.values import Value
@@ -39,9 +48,13 @@ class _Layer(Value):
     name: str
     source: dict[str, Any]
     inputs: tuple[str, ...]
+    args: list[Any] | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
     outputs: dict[str, _Spec]
     loss: _Loss | None = None
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Length(Value):
@@ -84,11 +97,11 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
         return resolve(target, allow, role=role)
 
     sources: dict[str, Lazy | Function] = {}
-    kwargs: dict[str, Mapping[str, Any]] = {}
+    calls: dict[str, _Call] = {}
     for layer in file.layers:
         try:
             sources[layer.name] = _source(layer, find)
-            kwargs[layer.name] = {key: decode(value, find) for key, value in layer.kwargs.items()}
+            calls[layer.name] = _call(layer, find)
         except FormatError as error:
             raise FormatError(f"{name}, layer {layer.name!r}: {error}") from error
     graph = LayerGraph(file.name)
@@ -96,7 +109,7 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
     for input_name, spec in file.inputs.items():
         graph.input(input_name, [lengths.get(str(dim), dim) for dim in spec.shape], spec.dtype)
     for layer in file.layers:
-        _add(graph, layer, sources[layer.name], kwargs[layer.name])
+        _add(graph, layer, sources[layer.name], *calls[layer.name])
     return graph
 
 
@@ -117,18 +130,39 @@ def _source(layer: _Layer, find: Resolver) -> Lazy | Function:
     return Function(source)
 
 
-def _add(graph: LayerGraph, layer: _Layer, source: Lazy | Function, kwargs: Mapping[str, Any]) -> None:
+def _call(layer: _Layer, find: Resolver) -> _Call:
+    """The arguments of a layer, with `TensorName`s in the place of tensors."""
+    kwargs = {key: decode(value, find, tensors=layer.args is not None) for key, value in layer.kwargs.items()}
+    if layer.args is None:
+        return tuple(map(TensorName, layer.inputs)), kwargs
+    args = tuple(decode(value, find, tensors=True) for value in layer.args)
+    read, _ = flatten((args, kwargs), _is_name)
+    if [t.name for t in read] != list(layer.inputs):
+        raise FormatError(f"its arguments read {[t.name for t in read]}, its inputs are {list(layer.inputs)}")
+    return args, kwargs
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, TensorName)
+
+
+def _add(
+    graph: LayerGraph, layer: _Layer, source: Lazy | Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     thing = source.function if isinstance(source, Function) else source
+    names, nest = flatten((args, kwargs), _is_name)
+    args, kwargs = rebuild(nest, [Handle(t.name, graph.specs[t.name], graph) for t in names])
+    args = tuple(Constant(v) if isinstance(v, str) else v for v in args)
     if layer.loss is None:
-        given = graph.add(layer.name, thing, *layer.inputs, **kwargs)
+        graph.add(layer.name, thing, *args, **kwargs)
     else:
         weight, reduction, count = layer.loss.weight, layer.loss.reduction, layer.loss.count
         if "weight" in kwargs or kwargs.get("reduction", reduction) != reduction:
             raise FormatError(f"loss {layer.name!r}: weight and reduction belong under 'loss', not under 'kwargs'")
         others = {k: v for k, v in kwargs.items() if k != "reduction"}
-        given = graph.loss(layer.name, thing, *layer.inputs, weight=weight, reduction=reduction, count=count, **others)
+        graph.loss(layer.name, thing, *args, weight=weight, reduction=reduction, count=count, **others)
     said = {n: TensorSpec(s.shape, s.dtype) for n, s in layer.outputs.items()}
-    gives = {handle.name: handle.spec for handle in (given if isinstance(given, tuple) else (given,))}
+    gives = {tensor: graph.specs[tensor] for tensor in graph.layers[layer.name].outputs}
     if {n: (s.shape, s.dtype) for n, s in said.items()} != {n: (s.shape, s.dtype) for n, s in gives.items()}:
         raise ShapeError(
             f"layer {layer.name!r} gives {list_specs(list(gives.values()))}, but the file says "

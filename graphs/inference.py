@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, EllipsisType, FunctionType, MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
-from pipeflow.graphs.fake_run import dtype_name, fake_copy, quiet, run, spec_of
+from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.layer import Function, Instance, Lazy, Source
+from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.randomness import isolated
-from pipeflow.graphs.tensor_spec import TensorSpec
+from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import FIXED_LENGTHS, Trial, fit
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class Inferred:
     Attributes:
         outputs: specs, in order. A size that follows its lengths by no rule is the length
             "<output.dimension>", to be found for each length by `run_shapes`.
-        gives_tuple: whether the callable returns a tuple, of one tensor even.
+        results: the template of what the callable returns.
         is_random: whether random numbers are drawn.
         mutated_buffers: names of buffers that the forward changes.
         norm_calls: paths of the norms with running statistics that it calls, in order.
@@ -49,7 +50,7 @@ class Inferred:
     """
 
     outputs: tuple[TensorSpec, ...]
-    gives_tuple: bool
+    results: Nest
     is_random: bool
     mutated_buffers: tuple[str, ...]
     norm_calls: tuple[str, ...]
@@ -65,7 +66,7 @@ def infer(
     name: str,
     source: Source,
     inputs: Sequence[TensorSpec],
-    kwargs: Mapping[str, Any],
+    arguments: Nest,
     trials: Sequence[Trial] = FIXED_LENGTHS,
 ) -> Inferred:
     """Runs the layer without data.
@@ -73,34 +74,33 @@ def infer(
     Args:
         name: of the layer, for errors.
         source: its callable.
-        inputs: what it is called with.
-        kwargs: constants of the call.
+        inputs: the tensors it is called with.
+        arguments: the template of (args, kwargs) over them.
         trials: sizes to try, the first two with the same lengths.
 
     Raises:
         ShapeError: the layer does not take those shapes or dtypes; or its output's shape
             depends on the data, or is neither fixed nor a multiple of the batch.
-        GraphError: it returns something else than tensors, a number of them that changes, or it
-            changes its inputs in place.
+        GraphError: it returns something else than tensors and constants, of a form that changes,
+            or it changes its inputs in place.
     """
     default = torch.get_default_dtype()
     try:
-        constants = ((k, _key(v)) for k, v in sorted(kwargs.items()))
-        key = (default, tuple(inputs), tuple(trials), _key(source), *constants)
-        return _answer(_Question(key, name, source, tuple(inputs), kwargs, tuple(trials)))
+        key = (default, tuple(inputs), tuple(trials), _key(source), _key(arguments))
+        return _answer(_Question(key, name, source, tuple(inputs), arguments, tuple(trials)))
     except _NoKey:
-        return _answer_anew(_Question((), name, source, tuple(inputs), kwargs, tuple(trials)))
+        return _answer_anew(_Question((), name, source, tuple(inputs), arguments, tuple(trials)))
 
 
 def run_shapes(
-    name: str, source: Source, inputs: Sequence[TensorSpec], kwargs: Mapping[str, Any], trial: Trial
+    name: str, source: Source, inputs: Sequence[TensorSpec], arguments: Nest, trial: Trial
 ) -> tuple[tuple[int, ...], ...]:
     """The shapes of the layer's outputs at one set of sizes.
 
     Raises:
         ShapeError: the layer does not take those sizes.
     """
-    question = _Question((), name, source, tuple(inputs), kwargs, (trial,))
+    question = _Question((), name, source, tuple(inputs), arguments, (trial,))
     return _without_data(question, _shapes)
 
 
@@ -120,13 +120,23 @@ def _key(value: object) -> object:
             return (_key(factory), tuple(_key(v) for v in args), named)
         case Function(function):
             return _key(function)
+        case Leaf(position):
+            return (Leaf, position)
+        case Constant(constant):
+            return (Constant, _key(constant))
+        case Branch(kind, keys, items):
+            return (kind, *map(_key, keys), *map(_key, items))
         case list() | tuple():
             return (type(value), *map(_key, value))
+        case Mapping() if type(value) in (dict, MappingProxyType):
+            return (dict, *((_key(k), _key(v)) for k, v in value.items()))
+        case slice(start=start, stop=stop, step=step):
+            return (slice, _key(start), _key(stop), _key(step))
         case type() | BuiltinFunctionType() | torch.dtype():
             return value
         case FunctionType() if value.__closure__ is None or value.__module__.startswith("torch."):
             return value
-        case None | bool() | int() | float() | str():
+        case None | EllipsisType() | bool() | int() | float() | str():
             return (type(value), value)  # 1, 1.0 and True are equal, but not alike
         case _:
             raise _NoKey
@@ -140,7 +150,7 @@ class _Question:
     name: str = field(compare=False)
     source: Source = field(compare=False)
     inputs: tuple[TensorSpec, ...] = field(compare=False)
-    kwargs: Mapping[str, Any] = field(compare=False)
+    arguments: Nest = field(compare=False)
     trials: tuple[Trial, ...] = field(compare=False)
 
 
@@ -166,7 +176,7 @@ def _without_data(question: _Question, use: Callable[[_Question, Callable[..., A
 
 def _shapes(question: _Question, function: Callable[..., Any], mode: FakeTensorMode) -> tuple[tuple[int, ...], ...]:
     [trial] = question.trials
-    outputs = run(question.name, question.source, function, mode, question.inputs, question.kwargs, trial).outputs
+    outputs = run(question.name, question.source, function, mode, question.inputs, question.arguments, trial).outputs
     return tuple(tuple(int(n) for n in t.shape) for t in outputs)
 
 
@@ -181,21 +191,23 @@ _answer = lru_cache(maxsize=1024)(_answer_anew)
 def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMode) -> Inferred:
     name, source, trials = question.name, question.source, question.trials
     module = function if isinstance(function, nn.Module) else nn.Module()
-    runs = [run(name, source, function, mode, question.inputs, question.kwargs, trial) for trial in trials]
+    runs = [run(name, source, function, mode, question.inputs, question.arguments, trial) for trial in trials]
     first = runs[0]
     for trial, other in zip(trials, runs, strict=True):
-        if len(first.outputs) != len(other.outputs) or first.gives_tuple != other.gives_tuple:
+        if not alike(first.results, other.results):
             raise GraphError(
-                f"layer {name!r} gives {len(first.outputs)} tensors for {trials[0]} and {len(other.outputs)} for "
-                f"{trial}; the number of outputs must not depend on the batch"
+                f"layer {name!r} gives {form_of(first.results)} for {trials[0]} and {form_of(other.results)} for "
+                f"{trial}; the number of outputs, their form and the constants among them must not depend on the batch"
             )
+    if _depends_on_mode(module):
+        _check_evaluation(question, module, mode, first)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     mutated = frozenset().union(*(r.mutated for r in runs))
     columns = zip(*(r.outputs for r in runs), strict=True)
     return Inferred(
         outputs=tuple(_merge(name, i, column, trials) for i, column in enumerate(columns)),
-        gives_tuple=first.gives_tuple,
+        results=first.results,
         is_random=any(r.is_random for r in runs),
         mutated_buffers=tuple(n for n in buffers if n in mutated),
         norm_calls=first.norm_calls if all(r.norm_calls == first.norm_calls for r in runs) else (),
@@ -206,6 +218,30 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         persistent=frozenset(buffers) & frozenset(module.state_dict(keep_vars=True)),
         ties=_ties({**parameters, **buffers}),
     )
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module may give something else in evaluation: torch's own do not."""
+    return any(not type(m).__module__.startswith("torch.nn.") for m in module.modules())
+
+
+def _check_evaluation(question: _Question, module: nn.Module, mode: FakeTensorMode, training: Run) -> None:
+    """Refuses a module that gives something of another form or shape in evaluation than in training."""
+    name, source, trial = question.name, question.source, question.trials[0]
+    try:
+        evaluation = run(name, source, module.eval(), mode, question.inputs, question.arguments, trial)
+    except GraphError:
+        return  # it cannot be known without data; whoever evaluates is told then
+    finally:
+        module.train()
+    runs = (training, evaluation)
+    seen = [[(tuple(t.shape), t.dtype) for t in r.outputs] for r in runs]
+    if not alike(training.results, evaluation.results) or seen[0] != seen[1]:
+        forms = [f"{form_of(r.results)} of {list_specs([spec_of(t) for t in r.outputs])}" for r in runs]
+        raise GraphError(
+            f"layer {name!r} gives {forms[0]} in training and {forms[1]} in evaluation; give the same in both, with "
+            "what is of use in one alone left unread in the other"
+        )
 
 
 def _merge(name: str, output: int, tensors: Sequence[torch.Tensor], trials: Sequence[Trial]) -> TensorSpec:

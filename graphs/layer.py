@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeflow.errors import GraphError
+from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest
 from pipeflow.graphs.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -64,8 +65,13 @@ class Layer:
         name: unique among layers and inputs.
         source: where its callable comes from.
         inputs: names of the tensors it is called with, in order.
-        kwargs: constants of the call.
-        outputs: names of the tensors it gives; the layer's name, or `layer:index` for a tuple.
+        kwargs: constants of the call, where it is `function(*tensors, **kwargs)`.
+        arguments: the template of (args, kwargs) over `inputs` where the call is any other; then
+            `kwargs` is empty.
+        outputs: names of the tensors it gives; the layer's name, or `layer:` and the way to each,
+            for example `layer:0`, `layer:hidden`, `layer:states.1`.
+        results: the template of what it gives over `outputs`, where that is neither a tensor nor a
+            tuple of tensors.
         kind: the name of its class or function.
         is_loss: whether training makes its output small.
         weight: of the loss in the sum of all losses.
@@ -96,6 +102,16 @@ class Layer:
     strided_outputs: frozenset[int] = frozenset()
     strided_gradients: frozenset[int] = frozenset()
     has_backward: bool = False
+    arguments: Nest | None = None
+    results: Nest | None = None
+
+    @property
+    def template(self) -> Nest:
+        """The template of (args, kwargs) over `inputs`, of a plain call too."""
+        if self.arguments is not None:
+            return self.arguments
+        positions = tuple(range(len(self.inputs)))
+        return Branch(tuple, (0, 1), (Branch(tuple, positions, tuple(map(Leaf, positions))), Constant(self.kwargs)))
 
     @property
     def is_replicable(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.stopwatch import Call, calibrate, sample, spread
@@ -73,8 +74,10 @@ class _Bench:
     wanted: list[int]
     weights: list[nn.Parameter] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
+    call: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.call = flat_call(self.layer, self.function)
         if not self.layer.has_backward:
             return
         self.sources = [t for t in self.inputs if t.requires_grad]
@@ -83,7 +86,7 @@ class _Bench:
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         try:
-            result = self.function(*self.inputs, **self.layer.kwargs)
+            result = self.call(*self.inputs)
         except Exception as error:
             error.add_note(f"while profiling layer {self.layer.name!r}")
             raise

@@ -22,6 +22,7 @@ from pipeflow.errors import GraphError
 from pipeflow.graphs import declaration, structure
 from pipeflow.graphs.layer import Handle, Instance, Layer, Reduction, Source, kind_of, source_of
 from pipeflow.graphs.lengths import Lengths
+from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.sizes import Dim, Length
 from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
 
@@ -91,33 +92,42 @@ class LayerGraph:
         return Handle(name, spec, self)
 
     def add(
-        self, name: str, layer: object, /, *inputs: Handle | str, **kwargs: Any
-    ) -> Any:  # a Handle, or a tuple of them: mypy users annotate what they expect
-        """A layer that reads `inputs`.
+        self, name: str, layer: object, /, *args: Any, **kwargs: Any
+    ) -> Any:  # a Handle, or a structure of them: mypy users annotate what they expect
+        """A layer that is called with `args` and `kwargs`, the tensors in the place of their handles.
+
+        >>> from torch import nn
+        >>> graph = LayerGraph("recurrent")
+        >>> out, (h, c) = graph.add("first", nn.LSTM(8, 8, batch_first=True), graph.input("x", ("B", 5, 8)))
+        >>> out.name, h.name
+        ('first:0', 'first:1.0')
 
         Args:
-            name: of the layer, and of its output; several outputs are `name:0`, `name:1`, ...
+            name: of the layer, and of its output; of several, `name:` and the way to each: `name:0`,
+                `name:hidden`, `name:states.1`.
             layer: a module, `pf.lazy(...)`, or a function of tensors.
-            inputs: handles or names of tensors; at least one.
-            kwargs: constants of the call.
+            args, kwargs: handles, of which there is at least one, and constants, also in tuples,
+                lists, dicts and named tuples. Text by position is the name of a tensor; a constant
+                that is text goes by keyword, or as `pf.Constant(...)`.
 
         Returns:
-            The handle of the output; a tuple of handles where the layer gives a tuple.
+            What the layer gives, with handles in the place of tensors; None and other constants
+            among them as they are.
 
         Raises:
-            GraphError: the name is taken, an input is unknown, or the layer is not one.
+            GraphError: the name is taken, an input is unknown, the layer is not one, an argument is
+                a tensor of no graph, or a result is neither a tensor nor a constant.
             ShapeError: the layer does not take those shapes or dtypes.
         """
-        names, gives_tuple = self._add(name, layer, inputs, kwargs)
-        handles = tuple(Handle(tensor, self._specs[tensor], self) for tensor in names)
-        return handles if gives_tuple else handles[0]
+        names, nest = self._add(name, layer, args, kwargs)
+        return rebuild(nest, [Handle(tensor, self._specs[tensor], self) for tensor in names])
 
     def loss(
         self,
         name: str,
         function: object,
         /,
-        *inputs: Handle | str,
+        *args: Any,
         weight: float = 1.0,
         reduction: Reduction = "mean",
         count: Handle | str | None = None,
@@ -130,7 +140,7 @@ class LayerGraph:
         the weights, and the batch's loss is then the mean over all of them.
 
         Args:
-            name, function, inputs, kwargs: as for `add`.
+            name, function, args, kwargs: as for `add`.
             weight: of this loss in the sum of all.
             reduction: how `function` makes one number of many samples: "mean" or "sum". It is
                 passed on where `function` has an option of that name.
@@ -150,7 +160,7 @@ class LayerGraph:
         source = source_of(name, function)
         kwargs = declaration.with_reduction(name, source, reduction, kwargs)
         names, _ = self._add(
-            name, source, inputs, kwargs, is_loss=True, weight=float(weight), reduction=reduction, count=counted
+            name, source, args, kwargs, is_loss=True, weight=float(weight), reduction=reduction, count=counted
         )
         return Handle(names[0], self._specs[names[0]], self)
 
@@ -171,27 +181,26 @@ class LayerGraph:
         self,
         name: str,
         thing: object,
-        inputs: Sequence[Handle | str],
+        args: Sequence[Any],
         kwargs: Mapping[str, Any],
         *,
         is_loss: bool = False,
         weight: float = 1.0,
         reduction: Reduction = "mean",
         count: str | None = None,
-    ) -> tuple[tuple[str, ...], bool]:
+    ) -> tuple[tuple[str, ...], Nest]:
+        from pipeflow.graphs import calling
         from pipeflow.graphs.inference import infer
 
         self._check_name(name)
         source = thing if isinstance(thing, Source) else source_of(name, thing)
-        reads = tuple(self._resolve(name, handle) for handle in inputs)
-        if not reads:
-            raise GraphError(f"layer {name!r} reads nothing; a layer needs at least one input")
-        declaration.check_kwargs(name, kwargs)
+        reads, arguments = calling.read_arguments(name, args, kwargs, lambda handle: self._resolve(name, handle))
         given = [self._specs[t] for t in reads]
-        facts = infer(name, source, given, kwargs, self._lengths.trials(given))
+        facts = infer(name, source, given, arguments, self._lengths.trials(given))
         if is_loss:
             declaration.check_loss(name, facts)
-        outputs = tuple(f"{name}:{i}" for i in range(len(facts.outputs))) if facts.gives_tuple else (name,)
+        outputs = calling.output_names(name, facts.results)
+        constants = calling.plain_kwargs(arguments)
         owned = {f"{name}.{local}": name for local in (*facts.parameters, *facts.buffers)}
         if clash := [full for full in owned if full in self._owner_by_name]:
             raise GraphError(
@@ -205,7 +214,8 @@ class LayerGraph:
             name=name,
             source=source,
             inputs=reads,
-            kwargs=MappingProxyType(dict(kwargs)),
+            kwargs=MappingProxyType(constants or {}),
+            arguments=arguments if constants is None else None,
             outputs=outputs,
             kind=kind_of(source),
             is_loss=is_loss,
@@ -217,10 +227,11 @@ class LayerGraph:
             norm_calls=facts.norm_calls,
             strided_outputs=facts.strided_outputs,
             strided_gradients=facts.strided_gradients,
+            results=None if calling.is_plain_result(facts.results) else facts.results,
         )
         specs = self._lengths.name_sizes(self._layers[name], given, facts.outputs)
         self._specs.update(zip(outputs, specs, strict=True))
-        return outputs, facts.gives_tuple
+        return outputs, facts.results
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -242,7 +253,8 @@ class LayerGraph:
             )
         if handle not in self._specs:
             several = self._layers.get(handle)
-            hint = f"; it gives {', '.join(several.outputs)}" if several else "; add what gives it first"
+            hint = "; add what gives it first. Text that is a constant goes by keyword, or as pf.Constant(...)"
+            hint = f"; it gives {', '.join(several.outputs)}" if several else hint
             raise GraphError(f"layer {name!r} reads {handle!r}, which no input and no earlier layer gives{hint}")
         if handle in self._layers and self._layers[handle].is_loss:
             raise GraphError(f"layer {name!r} reads the loss {handle!r}; losses are ends: weigh and add them instead")
@@ -438,7 +450,7 @@ class LayerGraph:
         return replace(extent, lengths=self.sizes_at(extent.lengths) if extent.samples else {})
 
     def build(self, layer_names: Iterable[str] | None = None, *, seed: int = 0) -> dict[str, Callable[..., Any]]:
-        """Fresh callables of the layers, to call as `fn(*tensors, **layer.kwargs)`.
+        """Fresh callables of the layers, to call through `pipeflow.graphs.calling.flat_call`.
 
         Modules are copies, on the CPU and in training mode, with the weights that the given modules
         have now; those of `pf.lazy` depend on (seed, layer name) alone. Parameters that layers share

@@ -132,5 +132,5 @@ class Lengths:
             self._find(other, sizes)
         trial = Trial(BATCH_SIZES[0], tuple((other, sizes[other]) for other in needed))
         layer = made.layer
-        size = run_shapes(layer.name, layer.source, made.inputs, layer.kwargs, trial)[made.output][made.dim]
+        size = run_shapes(layer.name, layer.source, made.inputs, layer.template, trial)[made.output][made.dim]
         sizes[name] = size // trial.samples if made.per_sample else size

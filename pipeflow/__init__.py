@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeflow import testing
     from pipeflow.engine import Engine
     from pipeflow.execution_plan import Plan
-    from pipeflow.graphs import GraphCosts, LayerGraph, Length, TensorSpec, lazy, profile
+    from pipeflow.graphs import Constant, GraphCosts, LayerGraph, Length, TensorSpec, lazy, profile
     from pipeflow.lowering import lower
     from pipeflow.partitioners import PARTITIONERS
     from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
@@ -35,6 +35,7 @@ _HOME = {
     "Certificate": "pipeflow.partitioners.partition",
     "Cluster": "pipeflow.partitioners.cluster",
     "Device": "pipeflow.partitioners.cluster",
+    "Constant": "pipeflow.graphs",
     "Engine": "pipeflow.engine",
     "GraphCosts": "pipeflow.graphs",
     "LayerGraph": "pipeflow.graphs",
@@ -71,6 +72,7 @@ __all__ = [
     "SCHEDULES",
     "Certificate",
     "Cluster",
+    "Constant",
     "Device",
     "Engine",
     "GraphCosts",

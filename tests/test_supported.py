@@ -52,6 +52,28 @@ def shape_depends_on_data() -> None:
     chain(positive)
 
 
+def as_many_outputs_as_samples() -> None:
+    chain(torch.unbind)
+
+
+class Auxiliary(nn.Module):
+    def forward(self, x: Tensor) -> object:
+        return (x, x) if self.training else x
+
+
+def other_outputs_in_evaluation() -> None:
+    chain(Auxiliary())
+
+
+def tensor_as_constant() -> None:
+    graph = chain()
+    graph.add("scaled", torch.mul, "last", other=torch.ones(4))
+
+
+def set_of_tensors() -> None:
+    chain(lambda x: {x})
+
+
 def loss_without_parameters() -> None:
     graph = pf.LayerGraph("fixed")
     graph.loss("loss", torch.mean, graph.input("x", ("B", 4)))
@@ -91,6 +113,10 @@ def missing_device() -> None:
 REFUSED: dict[str, Callable[[], object]] = {
     "a layer that changes its input in place": changes_its_input,
     "a shape that depends on data": shape_depends_on_data,
+    "a number of outputs that depends on the batch": as_many_outputs_as_samples,
+    "other outputs in evaluation than in training": other_outputs_in_evaluation,
+    "a tensor or module as a constant argument": tensor_as_constant,
+    "results that are neither tensors nor constants": set_of_tensors,
     "a loss that no parameter reaches": loss_without_parameters,
     "an input that no layer reads": unread_input,
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,

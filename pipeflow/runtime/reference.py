@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeflow.errors import EngineError, NonFiniteError
 from pipeflow.graphs.batch import check_batch
+from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
@@ -166,7 +167,7 @@ class Reference:
             layer = self.graph.layers[name]
             seen = {tensor: self._read(layer, tensor, values[tensor]) for tensor in layer.inputs}
             arguments = [seen[tensor] for tensor in layer.inputs]
-            result = self._replica.functions[name](*arguments, **layer.kwargs)
+            result = flat_call(layer, self._replica.functions[name])(*arguments)
             outputs = (result,) if layer.outputs == (name,) else result
             for i, (tensor, value) in enumerate(zip(layer.outputs, outputs, strict=True)):
                 values[tensor] = packed(value) if i in layer.strided_outputs else value

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeflow.flows import Flow
+from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.strides import packed, straight
@@ -243,6 +244,8 @@ def _call(
     """The call of one layer. The common shapes have closures of their own: they are the hot path."""
     sources = tuple(slot for slot, _ in reads)
     target, kwargs = outputs[0], dict(layer.kwargs)
+    if layer.arguments is not None or layer.results is not None:
+        function, kwargs = flat_call(layer, function), {}
     # One view for all the places in which a layer reads a tensor: their gradients add up first.
     passes = {slot: _view for slot, viewed in reads if viewed}
     passes |= {slot: straight for i, (slot, _) in enumerate(reads) if i in layer.strided_gradients}

@@ -2,7 +2,8 @@
 
 Drawn graphs are small (widths 4 to 8, a few layers), but have what makes cutting hard: skips,
 branches, tensors with several readers, layers with several outputs, one tensor read twice by a
-layer, tensors without gradient among those with, several inputs and several losses.
+layer, tensors without gradient among those with, several inputs and several losses that enter and
+leave anywhere, and what `pipeflow.testing.drawn_structures` adds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import nn
 
 from pipeflow.graphs.layer import Handle, lazy
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.nesting import flatten
 from pipeflow.graphs.randomness import isolated
 from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
+from pipeflow.testing import drawn_structures
 
 _WIDTHS = (4, 6, 8)
 _WIDEST = 16
@@ -79,8 +82,8 @@ class NormedFeatures(nn.Module):
         return cast(torch.Tensor, self.norm(x.unsqueeze(1)).squeeze(1))
 
 
-class _Builder:
-    """A graph being drawn, with the tensors of shape (B, width) that it has so far."""
+class Builder:
+    """A graph being drawn: its tensors of shape (B, width) so far, and masks and indices beside them."""
 
     def __init__(self, draw: st.DrawFn, dtype: str) -> None:
         self.draw = draw
@@ -88,6 +91,7 @@ class _Builder:
         self.graph = LayerGraph("drawn")
         self.pool: list[Handle] = []
         self.read: set[str] = set()
+        self.side: list[Handle] = []
         self.shared: dict[int, nn.Linear] = {}
         self.num_layers = 0
 
@@ -96,11 +100,13 @@ class _Builder:
         self.pool.append(handle)
         return handle
 
-    def add(self, prefix: str, layer: object, *inputs: Handle, **kwargs: Any) -> None:
-        given = self.graph.add(f"{prefix}{self.num_layers}", layer, *inputs, **kwargs)
+    def add(self, prefix: str, layer: object, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}{self.num_layers}"
+        given, _ = flatten(self.graph.add(name, layer, *args, **kwargs), lambda value: isinstance(value, Handle))
         self.num_layers += 1
-        self.read.update(handle.name for handle in inputs)
-        self.pool += given if isinstance(given, tuple) else (given,)
+        self.read.update(self.graph.layers[name].inputs)
+        for handle in given:
+            (self.pool if handle.spec.dtype == normalise_dtype(self.dtype) else self.side).append(handle)
 
     def pick(self, label: str = "reads") -> Handle:
         """A tensor; the latest is the simplest choice."""
@@ -110,6 +116,9 @@ class _Builder:
         """A tensor as wide as `handle`, perhaps itself."""
         alike = [h for h in reversed(self.pool) if _width(h) == _width(handle) and h is not handle]
         return self.draw(st.sampled_from([*alike, handle]))
+
+    def width_of(self, handle: Handle) -> int:
+        return _width(handle)
 
     def width(self) -> int:
         return self.draw(st.sampled_from(_WIDTHS), label="width")
@@ -123,12 +132,12 @@ def _width(handle: Handle) -> int:
     return int(handle.spec.shape[1])
 
 
-def _linear(b: _Builder) -> None:
+def _linear(b: Builder) -> None:
     x = b.pick()
     b.add("linear", lazy(nn.Linear, _width(x), b.width(), dtype=b.dtype), x)
 
 
-def _instance(b: _Builder) -> None:
+def _instance(b: Builder) -> None:
     x = b.pick()
     with isolated(b.num_layers):
         module = nn.Linear(_width(x), b.width(), dtype=b.dtype)
@@ -137,74 +146,74 @@ def _instance(b: _Builder) -> None:
     b.add("given", module, x)
 
 
-def _shared(b: _Builder) -> None:
+def _shared(b: Builder) -> None:
     x = b.pick()
     with isolated(_width(x)):
         module = b.shared.setdefault(_width(x), nn.Linear(_width(x), _width(x), dtype=b.dtype))
     b.add("shared", module, x)
 
 
-def _mlp(b: _Builder) -> None:
+def _mlp(b: Builder) -> None:
     x = b.pick()
     norm, linear = lazy(nn.LayerNorm, _width(x), dtype=b.dtype), lazy(nn.Linear, _width(x), b.width(), dtype=b.dtype)
     b.add("mlp", lazy(nn.Sequential, norm, linear, lazy(nn.GELU)), x)
 
 
-def _activation(b: _Builder) -> None:
+def _activation(b: Builder) -> None:
     b.add("act", b.draw(st.sampled_from([torch.tanh, nn.functional.gelu, torch.sigmoid])), b.pick())
 
 
-def _join(b: _Builder) -> None:
+def _join(b: Builder) -> None:
     x = b.pick()
     b.add("join", b.draw(st.sampled_from([torch.add, torch.mul])), x, b.pick_like(x))
 
 
-def _cat(b: _Builder) -> None:
+def _cat(b: Builder) -> None:
     parts = [b.pick() for _ in range(b.draw(st.integers(2, 3)))]
     while sum(map(_width, parts)) > _WIDEST:
         parts.pop()
     b.add("cat", concatenate, *parts)
 
 
-def _bilinear(b: _Builder) -> None:
+def _bilinear(b: Builder) -> None:
     x, y = b.pick(), b.pick()
     b.add("bilinear", lazy(nn.Bilinear, _width(x), _width(y), b.width(), dtype=b.dtype), x, y)
 
 
-def _chunk(b: _Builder) -> None:
+def _chunk(b: Builder) -> None:
     b.add("chunk", torch.chunk, b.pick(), chunks=2, dim=1)
 
 
-def _fork(b: _Builder) -> None:
+def _fork(b: Builder) -> None:
     x = b.pick()
     b.add("fork", lazy(Fork, _width(x), b.width(), dtype=b.dtype), x)
 
 
-def _gate(b: _Builder) -> None:
+def _gate(b: Builder) -> None:
     b.add("gate", gate, b.pick())
 
 
-def _stop(b: _Builder) -> None:
+def _stop(b: Builder) -> None:
     b.add("stop", torch.detach, b.pick())
 
 
-def _dropout(b: _Builder) -> None:
+def _dropout(b: Builder) -> None:
     b.add("dropout", lazy(nn.Dropout, 0.5), b.pick())
 
 
-def _running(b: _Builder) -> None:
+def _running(b: Builder) -> None:
     x = b.pick()
     b.add("running", lazy(RunningShift, _width(x), dtype=b.dtype), x)
 
 
-def _batch_norm(b: _Builder) -> None:
+def _batch_norm(b: Builder) -> None:
     x = b.pick()
     if _width(x) > 1:
         momentum = b.draw(st.sampled_from([0.1, None, 1.0]), label="momentum")
         b.add("norm", lazy(NormedFeatures, momentum, b.draw(st.booleans(), label="affine"), dtype=b.dtype), x)
 
 
-_STEPS: tuple[Callable[[_Builder], None], ...] = (
+_STEPS: tuple[Callable[[Builder], None], ...] = (
     _linear,
     _mlp,
     _activation,
@@ -248,13 +257,19 @@ def layer_graphs(
         (_running, allow_buffers),
         (_batch_norm, allow_buffers),
     )
-    steps = [*_STEPS, *(step for step, allowed in optional if allowed)]
-    b = _Builder(draw, normalise_dtype(dtype))
+    steps = [*_STEPS, *drawn_structures.STEPS, *(step for step, allowed in optional if allowed)]
+    b = Builder(draw, normalise_dtype(dtype))
     for i in range(draw(st.integers(1, 2), label="inputs")):
         b.input(f"x{i}", b.width())
     num_losses = draw(st.integers(1, 2 if max_layers >= 6 else 1), label="losses")
     most = max_layers - 2 * num_losses - 1
-    for _ in range(draw(st.integers(min(2, most), most), label="steps")):
+    num_steps = draw(st.integers(min(2, most), most), label="steps")
+    # A second loss may leave the graph in its middle.
+    early = draw(st.integers(0, num_steps), label="early loss") if num_losses > 1 else num_steps
+    for step in range(num_steps):
+        if step and step == early:
+            num_losses -= 1
+            _loss(b, num_losses, b.pick())
         draw(st.sampled_from(steps))(b)
     # Every input must be read; other tensors may be left as ends of the graph.
     ends = [h for h in b.unread if h.name in b.graph.inputs or not draw(st.booleans(), label="dead end")]
@@ -266,9 +281,10 @@ def layer_graphs(
     return b.graph.check()
 
 
-def _loss(b: _Builder, index: int, x: Handle) -> None:
+def _loss(b: Builder, index: int, x: Handle) -> None:
     """A head with weights of its own and a loss on it."""
     width = b.width()
+    b.read.add(x.name)
     head = b.graph.add(f"head{index}", lazy(nn.Linear, _width(x), width, dtype=b.dtype), x)
     weight = b.draw(st.sampled_from([1.0, 0.5, 2.0]), label="weight")
     name = f"loss{index}"

@@ -105,14 +105,15 @@ def check_layout_invariance(
         graph: the model. Use float64 with several replicas.
         plan: for it.
         batches: training steps to take, of any sizes.
-        optimizer: by default SGD with momentum and small steps, so that rounding is not blown up.
+        optimizer: by default SGD with momentum; with several replicas in small steps, so that
+            rounding is not blown up, and else in larger ones, so that a gradient's last bit shows.
         num_accumulated: batches whose gradients are only added up, before each that steps.
         options: further keyword options that engine and reference share (`training_options`).
         tolerance: relative; by default 1e-12, which float64 holds.
     """
 
     def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+        return torch.optim.SGD(parameters, lr=0.05 if single else 1e-3, momentum=0.9)
 
     factory = optimizer or sgd
     single = all(stage.num_replicas == 1 for stage in plan.stages)
