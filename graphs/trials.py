@@ -74,7 +74,7 @@ def fit(sizes: Sequence[int], trials: Sequence[Trial], name: str) -> Dim:
     points = [dict(trial.lengths) for trial in trials]
     given = [name for name in points[0] if not name.startswith("<")]
     # One length alone before a sum of several, and what was given before what layers made of it.
-    candidates = [_one(name, per_sample, points) for name in (*given, *(points[0].keys() - given))]
+    candidates = [_one(name, per_sample, points) for name in (*given, *(n for n in points[0] if n not in given))]
     for terms in [*candidates, _sum(given, per_sample, points)]:
         constant = per_sample[0] - sum(times * points[0][name] for name, times in terms.items())
         found = Size(grows, tuple(sorted((name, n) for name, n in terms.items() if n)), constant)
