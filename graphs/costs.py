@@ -73,6 +73,24 @@ class LayerCosts(Value):
         return self.forward_seconds + self.backward_input_seconds + self.backward_weight_seconds
 
 
+class PhaseCosts(Value):
+    """A kind of training step that runs, and trains, a part of the graph.
+
+    Attributes:
+        name: of the phase.
+        layers: those that run.
+        backward: those of them that backward passes through.
+        gradients: the tensors that carry a gradient.
+        parameter_bytes: of what it trains, by layer.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    backward: tuple[str, ...]
+    gradients: tuple[str, ...]
+    parameter_bytes: Mapping[str, Bytes]
+
+
 class GraphCosts(Value):
     """A layer graph with its costs.
 
@@ -83,6 +101,7 @@ class GraphCosts(Value):
         inputs: tensors that enter the graph.
         layers: in a topological order; this is also the order in which one device runs them.
         colocated: groups of layers that must share a stage (they share parameters).
+        phases: kinds of training steps, where there are several.
 
     Raises:
         CostError: a name stands twice, an input comes from nowhere or from a later layer.
@@ -95,6 +114,7 @@ class GraphCosts(Value):
     inputs: tuple[TensorCosts, ...] = ()
     layers: tuple[LayerCosts, ...]
     colocated: tuple[tuple[str, ...], ...] = ()
+    phases: tuple[PhaseCosts, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,6 +138,9 @@ class GraphCosts(Value):
         for group in self.colocated:
             if unknown := [n for n in group if n not in names]:
                 raise CostError(f"costs of {self.name!r}: colocated layer {unknown[0]!r} is not a layer")
+        for phase in self.phases:
+            if unknown := [n for n in (*phase.layers, *phase.backward, *phase.parameter_bytes) if n not in names]:
+                raise CostError(f"costs of {self.name!r}: layer {unknown[0]!r} of phase {phase.name!r} is not a layer")
         return self
 
     @cached_property
@@ -203,7 +226,35 @@ class GraphCosts(Value):
             inputs=tuple(tensor(t) for t in self.inputs),
             layers=tuple(layer(c) for c in self.layers),
             colocated=self.colocated,
+            phases=self.phases,
         )
+
+    def in_phase(self, name: str) -> GraphCosts:
+        """The same layers in the same order; those that the phase does not run read and cost nothing.
+
+        Raises:
+            CostError: there is no such phase.
+        """
+        phase = next((p for p in self.phases if p.name == name), None)
+        if phase is None:
+            known = ", ".join(p.name for p in self.phases) or "none"
+            raise CostError(f"costs of {self.name!r}: there is no phase {name!r}; there is {known}")
+        runs, backward, gradients = set(phase.layers), set(phase.backward), set(phase.gradients)
+
+        def layer(c: LayerCosts) -> LayerCosts:
+            outputs = tuple(t if t.name in gradients else t.model_copy(update={"gradient_bytes": 0}) for t in c.outputs)
+            changes: dict[str, object] = {
+                "outputs": outputs,
+                "has_backward": c.name in backward,
+                "parameter_bytes": phase.parameter_bytes.get(c.name, 0),
+            }
+            if c.name not in backward:
+                changes |= {"backward_input_seconds": 0.0, "backward_weight_seconds": 0.0}
+            if c.name not in runs:
+                changes |= {"inputs": (), "forward_seconds": 0.0, "saved_bytes": 0, "statistics_bytes": 0}
+            return c.model_copy(update=changes)
+
+        return self.model_copy(update={"layers": tuple(layer(c) for c in self.layers), "phases": ()})
 
 
 def total_seconds(layers: Iterable[LayerCosts]) -> float:

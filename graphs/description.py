@@ -29,6 +29,7 @@ from pipeflow.graphs.tensor_spec import TensorSpec, normalise_dtype
 
 if TYPE_CHECKING:
     from pipeflow.graphs.layer_graph import LayerGraph
+    from pipeflow.graphs.phase import Phase
 
 Json = Any
 Fallback = Callable[[str, object], Json]
@@ -249,6 +250,18 @@ def encode_layer(layer: Layer, specs: Mapping[str, TensorSpec], fallback: Fallba
     return description
 
 
+def encode_phases(phases: Mapping[str, Phase]) -> dict[str, Json]:
+    """The phases of a graph; nothing for one without."""
+    if not phases:
+        return {}
+    return {
+        "phases": [
+            {"name": phase.name, "losses": list(phase.losses), "trains": list(phase.trains)}
+            for phase in phases.values()
+        ]
+    }
+
+
 def digest(graph: LayerGraph) -> str:
     """SHA-256 of the graph's structure, the same in every process."""
     description = {
@@ -260,5 +273,6 @@ def digest(graph: LayerGraph) -> str:
         "parameters": {n: [*encode_spec(s).values(), s.requires_grad] for n, s in graph.parameters.items()},
         "buffers": {n: list(encode_spec(s).values()) for n, s in graph.buffers.items()},
         "shared": [list(group) for group in graph.shared_parameters],
+        **encode_phases(graph.phases),
     }
     return hashlib.sha256(json.dumps(description, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -21,6 +21,7 @@ from pipeflow.graphs.description import (
     decode,
     encode_layer,
     encode_lengths,
+    encode_phases,
     encode_spec,
     refuse,
 )
@@ -63,12 +64,19 @@ class _Length(Value):
     multiple_of: int = 1
 
 
+class _Phase(Value):
+    name: str
+    losses: tuple[str, ...]
+    trains: tuple[str, ...]
+
+
 class _Graph(Value):
     format: Literal["pipeflow-graph-1"]
     name: str
     lengths: dict[str, _Length] = Field(default_factory=dict)
     inputs: dict[str, _Spec]
     layers: tuple[_Layer, ...]
+    phases: tuple[_Phase, ...] = ()
 
 
 def save(graph: LayerGraph, path: str | os.PathLike[str]) -> None:
@@ -79,6 +87,7 @@ def save(graph: LayerGraph, path: str | os.PathLike[str]) -> None:
         **encode_lengths(graph.lengths),
         "inputs": {name: encode_spec(spec) for name, spec in graph.inputs.items()},
         "layers": [encode_layer(layer, graph.specs, refuse) for layer in graph.layers.values()],
+        **encode_phases(graph.phases),
     }
     Path(path).write_text(json.dumps(description, indent=1, allow_nan=False) + "\n")
 
@@ -110,6 +119,8 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
         graph.input(input_name, [lengths.get(str(dim), dim) for dim in spec.shape], spec.dtype)
     for layer in file.layers:
         _add(graph, layer, sources[layer.name], *calls[layer.name])
+    for phase in file.phases:
+        graph.phase(phase.name, losses=phase.losses, trains=phase.trains)
     return graph
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from pipeflow.graphs.batch import Extent
     from pipeflow.graphs.inference import Inferred
+    from pipeflow.graphs.phase import Phase
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-/]*")
 
@@ -61,6 +62,7 @@ class LayerGraph:
         self._facts: dict[str, Inferred] = {}
         self._owner_by_name: dict[str, str] = {}
         self._lengths = Lengths()
+        self._phases: dict[str, Phase] = {}
 
     # -- declaring ---------------------------------------------------------------------------
 
@@ -163,6 +165,30 @@ class LayerGraph:
             name, source, args, kwargs, is_loss=True, weight=float(weight), reduction=reduction, count=counted
         )
         return Handle(names[0], self._specs[names[0]], self)
+
+    def phase(self, name: str, *, losses: Sequence[Handle | str], trains: Sequence[str]) -> None:
+        """A kind of training step, where a model has several: a GAN's two, a head on its own.
+
+        A graph with phases is trained by `Engine.step(batch, phase=name)`, with an optimizer for
+        each. A step runs the layers that its losses depend on and freezes what it does not train.
+
+        Args:
+            name: an identifier.
+            losses: what it makes small.
+            trains: patterns, as `fnmatch` reads them, over `<layer>.<parameter>`; a shared
+                parameter goes by each of its names.
+
+        Raises:
+            GraphError: it could train nothing; see `pipeflow.graphs.phase.check_phase`.
+        """
+        from pipeflow.graphs.phase import Phase, check_phase
+
+        if isinstance(losses, str | Handle) or isinstance(trains, str):
+            raise GraphError(f"phase {name!r}: losses and trains are sequences; write losses=[...], trains=[...]")
+        phase = Phase(name, tuple(h.name if isinstance(h, Handle) else h for h in losses), tuple(trains))
+        check_phase(self, phase)
+        self._changed()
+        self._phases[name] = phase
 
     def _count_input(self, name: str, count: Handle | str | None, reduction: Reduction) -> str | None:
         if count is None:
@@ -311,6 +337,57 @@ class LayerGraph:
         """Names of the loss layers."""
         return tuple(name for name, layer in self._layers.items() if layer.is_loss)
 
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """The kinds of training steps, by name; none where every step trains everything."""
+        return MappingProxyType(self._phases)
+
+    @cached_property
+    def _narrowed_by_phase(self) -> dict[str, LayerGraph]:
+        return {}
+
+    def in_phase(self, name: str) -> LayerGraph:
+        """The graph as a phase sees it: the layers that run, with gradients where it trains.
+
+        Raises:
+            GraphError: there is no such phase.
+        """
+        from pipeflow.graphs.phase import narrowed, resolve_phase
+
+        resolve_phase(self._phases, name)
+        if name not in self._narrowed_by_phase:
+            self._narrowed_by_phase[name] = narrowed(self, self._phases[name])
+        return self._narrowed_by_phase[name]
+
+    def narrowed(self, layers: Collection[str], trained: Collection[str]) -> LayerGraph:
+        """Some of the layers, with only some of the parameters to train.
+
+        Args:
+            layers: names; with each, all that it depends on.
+            trained: "<layer>.<parameter>".
+        """
+        from pipeflow.graphs.phase import narrowed_specs
+
+        graph = LayerGraph(self.name)
+        graph._lengths = self._lengths
+        graph._layers = {name: layer for name, layer in self._layers.items() if name in layers}
+        graph._facts = {
+            name: replace(
+                facts,
+                parameters={p: s.with_gradient(f"{name}.{p}" in trained) for p, s in facts.parameters.items()},
+            )
+            for name, facts in self._facts.items()
+            if name in layers
+        }
+        reads = {t for layer in graph._layers.values() for t in (*layer.inputs, layer.count)}
+        graph._inputs = {name: spec for name, spec in self._inputs.items() if name in reads}
+        gives = {t for layer in graph._layers.values() for t in layer.outputs}
+        specs = {t: spec for t, spec in self._specs.items() if t in gives or t in graph._inputs}
+        learning = {self._owner_by_name[name] for name in trained}
+        graph._specs = dict(narrowed_specs(graph._layers.values(), specs, learning))
+        graph._owner_by_name = {n: layer for n, layer in self._owner_by_name.items() if layer in graph._layers}
+        return graph
+
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """What the graph predicts: tensors that feed a loss or that nobody reads, over the batch."""
@@ -359,12 +436,22 @@ class LayerGraph:
         """Every parameter by "<layer>.<parameter>"; of a shared group the first only."""
         return self._owned(lambda facts: facts.parameters)
 
+    def layer_parameters(self, layer: str) -> Mapping[str, TensorSpec]:
+        """The parameters of one layer by their name in it, those that it shares included."""
+        return MappingProxyType(dict(self._facts[layer].parameters))
+
     @cached_property
     def parameter_bytes(self) -> Mapping[str, int]:
         """Bytes of parameters by layer. A shared one counts once, for the first layer that trains it."""
+        return self.bytes_by_layer(self.parameters)
+
+    def bytes_by_layer(self, names: Collection[str]) -> Mapping[str, int]:
+        """Bytes by layer of some of the parameters, those of `parameters` among `names`."""
         sharers = {group[0]: [self.owner(name) for name in group] for group in self._ties}
         result = dict.fromkeys(self._layers, 0)
         for name, spec in self.parameters.items():
+            if name not in names:
+                continue
             owners = sharers.get(name, [self.owner(name)])
             trains = (layer for layer in owners if self.layers[layer].has_backward)
             result[next(trains, owners[0])] += spec.bytes_at(0)

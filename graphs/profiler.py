@@ -20,6 +20,7 @@ from pipeflow.graphs import profile_cache
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.graphs.layer_bench import GraphRun, Tensors, TimedLayer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.phase import phase_costs
 from pipeflow.graphs.stopwatch import calibrate, describe_device, sample, threads
 
 
@@ -148,6 +149,7 @@ def _profile(
         inputs=tuple(_tensor(graph, name, samples, lengths) for name in graph.inputs),
         layers=tuple(layers),
         colocated=graph.colocated,
+        phases=phase_costs(graph),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from pipeflow.errors import GraphError
@@ -103,6 +103,10 @@ class TensorSpec:
     def bytes_at(self, samples: int, lengths: Mapping[str, int] = _NO_LENGTHS) -> int:
         """The bytes for a batch of `samples`."""
         return self.numel_at(samples, lengths) * ITEMSIZE_BY_DTYPE[self.dtype]
+
+    def with_gradient(self, requires_grad: bool) -> TensorSpec:
+        """The same tensor, recorded by autograd or not."""
+        return replace(self, requires_grad=requires_grad)
 
     @property
     def numel(self) -> int:

@@ -14,18 +14,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError, PlanError
+from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError
 from pipeflow.execution_plan import Plan
-from pipeflow.flows import flows
 from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.lowering import lower
-from pipeflow.program import Mode, Program, Send, Step, rank_of
+from pipeflow.program import Mode, Send, Step, rank_of
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
@@ -35,6 +33,8 @@ from pipeflow.runtime.losses import loss_factors
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import microbatch_sizes
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
+from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.prepared import prepare
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
@@ -44,10 +44,22 @@ from pipeflow.runtime.state import copy_into, needed_layers
 from pipeflow.runtime.threads import Exchange, ThreadTransport
 from pipeflow.runtime.transport import Aborted, Transport
 from pipeflow.runtime.workers import Workers
-from pipeflow.verifier import verify
 
 TransportKind = Literal["auto", "threads", "distributed"]
 Work = Literal["step", "accumulate", "infer"]
+
+
+class _Job(NamedTuple):
+    """What is run: programs are bound once for each.
+
+    Attributes:
+        phase: of the graph; None for all of it.
+        outputs: the tensors to keep of a prediction; None for no prediction.
+    """
+
+    work: Work
+    phase: str | None = None
+    outputs: tuple[str, ...] | None = None
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -60,8 +72,8 @@ class Engine(AbstractContextManager["Engine"]):
         graph: the layer graph. Its modules give the initial weights and are not changed.
         plan: for this graph. It is verified before anything runs.
         optimizer: makes an optimizer for a list of parameters; called once per stage replica.
-            None for inference alone.
-        lr_scheduler: makes a scheduler from an optimizer; stepped after each step.
+            None for inference alone. For a graph with phases, one for each by name, or one for all.
+        lr_scheduler: makes a scheduler from an optimizer; stepped after each step. By phase as well.
         parameter_groups: options of the optimizer for parameters by name pattern, for example
             `{"*.bias": {"weight_decay": 0.0}}`; the first pattern that fits `<layer>.<name>` holds.
         clip_norm: scale gradients so that their norm over the whole model is at most this.
@@ -87,9 +99,9 @@ class Engine(AbstractContextManager["Engine"]):
         self,
         graph: LayerGraph,
         plan: Plan,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         *,
-        lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler: SchedulerFactory | Mapping[str, SchedulerFactory] | None = None,
         parameter_groups: ParameterGroups | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -100,19 +112,16 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        graph.check()
-        _check_match(graph, plan)
-        verify(plan)
+        self._prepared = prepare(graph, plan)
         self.graph = graph
         self.plan = plan
-        self._programs = {mode: lower(plan, mode=mode) for mode in Mode}
-        self._flows = flows(plan.costs, [stage.layers for stage in plan.stages])
-        _check_steps(graph, plan, self._programs[Mode.TRAIN])
         self._measure = measure
         self._step = 0
         self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
         self._failed: str | None = None
-        self._has_optimizer = optimizer is not None
+        self._optimizers = for_each_phase(graph, optimizer, "optimizer")
+        self._schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
+        self._open = OpenPhase(graph)
         self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
         groups = check_groups(parameter_groups, graph.parameters)
         self._distributed = transport == "distributed" or (transport == "auto" and is_launched())
@@ -124,8 +133,8 @@ class Engine(AbstractContextManager["Engine"]):
             self._remote = self._join(seed)
             ranks = (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
-        self._replicas = {rank: self._build_rank(rank, optimizer, lr_scheduler, groups, seed) for rank in ranks}
-        self._executors: dict[tuple[Work, tuple[str, ...] | None], dict[int, Executor]] = {}
+        self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
+        self._executors: dict[_Job, dict[int, Executor]] = {}
         self._recorder = Recorder(plan)
         if self._remote is not None:
             self._agree_on_weights(self._remote)
@@ -143,13 +152,14 @@ class Engine(AbstractContextManager["Engine"]):
         channels = sorted(
             {
                 (source, action.peer)
-                for program in self._programs.values()
+                for prepared in self._prepared.values()
+                for program in prepared.programs.values()
                 for source, actions in enumerate(program.actions_by_rank)
                 for action in actions
                 if isinstance(action, Send)
             }
         )
-        settings = json.dumps([self.plan.digest, self.graph.digest, seed, self._has_optimizer])
+        settings = json.dumps([self.plan.digest, self.graph.digest, seed, bool(self._optimizers)])
         return DistributedTransport(
             self.plan.placement,
             channels,
@@ -158,22 +168,15 @@ class Engine(AbstractContextManager["Engine"]):
             device=self._devices[rank],
         )
 
-    def _build_rank(
-        self,
-        rank: int,
-        optimizer: OptimizerFactory | None,
-        lr_scheduler: SchedulerFactory | None,
-        groups: ParameterGroups,
-        seed: int,
-    ) -> dict[int, StageReplica]:
+    def _build_rank(self, rank: int, groups: ParameterGroups, seed: int) -> dict[int, StageReplica]:
         replicas = {}
         for index, stage in enumerate(self.plan.stages):
             if rank in stage.devices:
                 replicas[index] = StageReplica(self.graph, stage.layers, device=self._devices[rank], seed=seed)
                 if stage.num_replicas > 1:
                     replicas[index].record_statistics(self.graph)
-                if optimizer is not None:
-                    replicas[index].make_optimizer(optimizer, lr_scheduler, groups)
+                for phase, optimizer in self._optimizers.items():
+                    replicas[index].make_optimizer(optimizer, self._schedulers.get(phase), groups, phase)
         return replicas
 
     def _agree_on_weights(self, remote: DistributedTransport) -> None:
@@ -183,24 +186,24 @@ class Engine(AbstractContextManager["Engine"]):
                 for tensor in self._replicas[remote.rank][index].tensors().values():
                     remote.broadcast_in_stage(tensor, index)
 
-    def _executor(self, work: Work, outputs: tuple[str, ...] | None) -> dict[int, Executor]:
+    def _executor(self, job: _Job) -> dict[int, Executor]:
         """The bound programs of the local ranks; for predictions, cut down to what they need."""
-        key = (work, outputs)
-        if key not in self._executors:
-            layers = frozenset(self.graph.layers) if outputs is None else needed_layers(self.graph, outputs)
-            self._executors[key] = {rank: self._bind(work, rank, layers, outputs or ()) for rank in self._workers.ranks}
-        return self._executors[key]
+        if job not in self._executors:
+            self._executors[job] = {rank: self._bind(job, rank) for rank in self._workers.ranks}
+        return self._executors[job]
 
-    def _bind(self, work: Work, rank: int, layers: frozenset[str], outputs: tuple[str, ...]) -> Executor:
-        train = work != "infer"
-        program = self._programs[Mode.TRAIN if train else Mode.INFER]
+    def _bind(self, job: _Job, rank: int) -> Executor:
+        work, phase, outputs = job
+        train, prepared = work != "infer", self._prepared[phase]
+        graph, program = prepared.graph, prepared.programs[Mode.TRAIN if train else Mode.INFER]
+        layers = frozenset(graph.layers) if outputs is None else needed_layers(graph, outputs)
         stages = {
             index: StageState(
                 compile_stage(
-                    self.graph,
+                    graph,
                     index,
                     [layer for layer in replica.layers if layer in layers],
-                    self._flows,
+                    prepared.flows,
                     replica.functions,
                     train=train,
                 ),
@@ -209,17 +212,17 @@ class Engine(AbstractContextManager["Engine"]):
             for index, replica in self._replicas[rank].items()
         }
         for index, stage in stages.items() if train else ():
-            fuse_runs(stage.compiled, self.plan.stages[index].recompute, self._flows, stage.replica.modules)
+            fuse_runs(stage.compiled, self.plan.stages[index].recompute, prepared.flows, stage.replica.modules)
         device = self._devices[rank]
         transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device)
         binder = Binder(
             rank=rank,
-            state=RankState(self.graph, stages, self.plan.num_microbatches, device),
+            state=RankState(graph, stages, self.plan.num_microbatches, device),
             transport=transport,
             placement=self.plan.placement,
-            flow_by_tensor=self._flows,
-            carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in self.graph.layers[n].inputs),
-            keep=outputs,
+            flow_by_tensor=prepared.flows,
+            carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in graph.layers[n].inputs),
+            keep=outputs or (),
             train=train,
             reduces=work == "step",
         )
@@ -233,34 +236,45 @@ class Engine(AbstractContextManager["Engine"]):
             for name, parameter in replica.parameters.items()
         }
         policy = self._policy if work == "step" else None
-        return Executor(actions, binder, policy=policy, owned=owned, measure=self._measure and work == "step")
+        return Executor(
+            actions,
+            binder,
+            policy=policy,
+            owned=owned,
+            names=tuple(self.graph.parameters),
+            measure=self._measure and work == "step",
+        )
 
     # --- running --------------------------------------------------------------------------
 
-    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Adds a batch's gradients to those of the next `step`: forward and backward alone.
 
         Gradients are summed over replicas once, in that step. Arguments, result and errors as
         `step`; for the mean over K batches, give each call and the step a share of 1 / K.
         """
-        self._check_trainable(share)
-        result = self._run("accumulate", batch, None, share=share)
+        self._check_trainable(share, phase)
+        result = self._run(_Job("accumulate", phase), batch, share=share)
+        self._open.accumulated(phase)
         self._calls += 1
         return result
 
-    def _check_trainable(self, share: float) -> None:
-        if not self._has_optimizer:
+    def _check_trainable(self, share: float, phase: str | None) -> None:
+        if not self._optimizers:
             raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
         if not 0 < share < float("inf"):
             raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
+        self._open.check(phase)
 
-    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Trains on one batch: forward, backward, one optimizer step.
 
         Args:
             batch: a tensor for every input that this process's stages read (in one process: for
                 every input), the batch dimension first; any number of samples from 1.
             share: what its gradients count beside those of `accumulate`d batches.
+            phase: which of the graph's phases, where it has any: its losses alone are computed, and
+                only what it trains learns.
 
         Returns:
             The losses, the same on every rank.
@@ -269,24 +283,37 @@ class Engine(AbstractContextManager["Engine"]):
             BatchError: the batch does not fit the graph; nothing was sent.
             LayerFailure: a layer raised, here or on another rank. The engine is of no use after.
             NonFiniteError: something was not finite and `nonfinite="raise"`; the engine goes on.
-            EngineError: no optimizer was given, or the engine has failed or is closed.
+            EngineError: no optimizer was given, the graph has not this phase or another's gradients
+                wait, or the engine has failed or is closed.
         """
-        self._check_trainable(share)
+        self._check_trainable(share, phase)
+        job = _Job("step", phase)
         start = time.perf_counter()
-        result = self._run("step", batch, None, share=share)
+        try:
+            result = self._run(job, batch, share=share)
+        except NonFiniteError:
+            self._open.stepped()  # its gradients are let go of
+            raise
+        self._open.stepped()
         if self._measure:
-            spans = {rank: executor.spans for rank, executor in self._executor("step", None).items()}
+            spans = {rank: executor.spans for rank, executor in self._executor(job).items()}
             self._recorder.record(spans, time.perf_counter() - start)
         self._step += 1
         self._calls += 1
         return result
 
-    def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def evaluate(self, batch: Mapping[str, Tensor], *, phase: str | None = None) -> StepResult:
         """The losses of a batch with the layers in evaluation mode; nothing is trained.
 
-        Arguments and errors as `step`.
+        Args:
+            batch: as for `step`.
+            phase: of this phase's losses alone; by default all.
+
+        Errors as `step`.
         """
-        return self._run("infer", batch, None)
+        if phase is not None:
+            self._open.check_name(phase)
+        return self._run(_Job("infer", phase), batch)
 
     def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Output tensors for a batch, on every rank, with the layers in evaluation mode.
@@ -300,8 +327,9 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = tuple(self.graph.outputs if outputs is None else outputs)
         layers = needed_layers(self.graph, names)
-        result = self._run("infer", batch, names)
-        executors = self._executor("infer", names)
+        job = _Job("infer", outputs=names)
+        result = self._run(job, batch)
+        executors = self._executor(job)
         sizes = microbatch_sizes(result.num_samples, self.plan.num_microbatches)
         producer = {t: n for n in layers for t in self.graph.layers[n].outputs}
         gathered = {}
@@ -319,19 +347,19 @@ class Engine(AbstractContextManager["Engine"]):
             gathered[name] = torch.cat([part.to(parts[0].device) for part in parts])
         return gathered
 
-    def _run(
-        self, work: Work, batch: Mapping[str, Tensor], outputs: tuple[str, ...] | None, *, share: float = 1.0
-    ) -> StepResult:
+    def _run(self, job: _Job, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
-        executors = self._executor(work, outputs)
+        executors = self._executor(job)
         num_samples = self._check_batch(batch, executors)
         sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
-        train = work != "infer"
+        train, graph = job.work != "infer", self._prepared[job.phase].graph
 
         def task(rank: int) -> None:
             for replica in self._replicas[rank].values():
                 replica.train(train)
+                if train:
+                    replica.enter(job.phase)
             try:
                 with torch.set_grad_enabled(train):
                     executors[rank].run(batch, sizes, step=self._step, share=share, draw=self._calls)
@@ -345,7 +373,7 @@ class Engine(AbstractContextManager["Engine"]):
         if errors:
             self._raise(errors)
         first = executors[self._workers.ranks[0]]
-        weights = {name: self.graph.layers[name].weight for name in self.graph.losses}
+        weights = {name: graph.layers[name].weight for name in graph.losses}
         verdict = first.state.verdict
         return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip)
 
@@ -478,28 +506,6 @@ class Engine(AbstractContextManager["Engine"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_match(graph: LayerGraph, plan: Plan) -> None:
-    if plan.graph_digest and plan.graph_digest != graph.digest:
-        raise PlanError(
-            f"the plan is for the graph {plan.graph_digest[:12]}, this graph {graph.name!r} is {graph.digest[:12]}; "
-            "plan again for it"
-        )
-    if tuple(graph.layers) != tuple(layer.name for layer in plan.costs.layers):
-        raise PlanError(f"the plan's layers are not those of graph {graph.name!r} in its order; plan again for it")
-
-
-def _check_steps(graph: LayerGraph, plan: Plan, program: Program) -> None:
-    """Every stage with parameters to train takes a step: a plan from costs may not know of them."""
-    stepping = {a.stage for actions in program.actions_by_rank for a in actions if isinstance(a, Step)}
-    for layer, size in graph.parameter_bytes.items():
-        stage = plan.stage_by_layer[layer]
-        if size and graph.layers[layer].has_backward and stage not in stepping:
-            raise PlanError(
-                f"layer {layer!r} has {size} bytes of parameters, but by the plan's costs stage {stage} has none to "
-                "train; profile the graph again and plan with those costs"
-            )
 
 
 def _resolve_devices(

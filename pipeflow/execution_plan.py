@@ -100,6 +100,14 @@ class Plan(Value):
         """Ranks the plan needs: one more than the largest device in use."""
         return 1 + max(d for stage in self.stages for d in stage.devices)
 
+    def in_phase(self, name: str) -> Plan:
+        """The plan of one kind of training step, where the graph has several: the same stages, what runs alone.
+
+        Raises:
+            CostError: there is no such phase.
+        """
+        return self.model_copy(update={"costs": self.costs.in_phase(name)})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON."""
         Path(path).write_text(self.model_dump_json(indent=1) + "\n")

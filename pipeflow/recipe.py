@@ -40,7 +40,8 @@ class Recipe:
         train_batches: (epoch, seed) -> the batches of an epoch, counted from 0, as dicts of tensors
             by input name, the samples first. The last may be smaller.
         test_batches: the batches of the test set, the same ones each time.
-        optimizer: makes the optimizer from a stage's parameters.
+        optimizer: makes the optimizer from a stage's parameters; one for each phase of the graph by
+            name, where it has phases. Every batch is then a step of each, in their order.
         batch_size: samples of a training batch.
         lr_scheduler: makes the learning-rate scheduler, stepped once per training step.
         num_epochs: how often to go through the training data.
@@ -55,9 +56,9 @@ class Recipe:
     graph: Callable[[], LayerGraph]
     train_batches: Callable[[int, int], Iterable[Batch]]
     test_batches: Callable[[], Iterable[Batch]]
-    optimizer: Callable[[Any], Optimizer]
+    optimizer: Callable[[Any], Optimizer] | Mapping[str, Callable[[Any], Optimizer]]
     batch_size: int
-    lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    lr_scheduler: Callable[[Optimizer], LRScheduler] | Mapping[str, Callable[[Optimizer], LRScheduler]] | None = None
     num_epochs: int = 1
     metric: Callable[[Mapping[str, Tensor], Batch], float] | None = None
     metric_name: str = "metric"

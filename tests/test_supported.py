@@ -96,6 +96,13 @@ def closure_optimizer() -> None:
     pf.Engine(graph, make_plan(graph, THREE_STAGES), torch.optim.LBFGS)
 
 
+def step_without_a_phase() -> None:
+    graph = chain()
+    graph.phase("whole", losses=["loss"], trains=["*"])
+    with pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))]), sgd) as engine:
+        engine.step({"x": torch.zeros(4, 4)})
+
+
 def plan_for_another_graph() -> None:
     pf.Engine(bomb_graph("first", "never"), make_plan(forked_graph(), THREE_STAGES), sgd)
 
@@ -121,6 +128,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an input that no layer reads": unread_input,
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     "an optimizer that needs a closure": closure_optimizer,
+    "a training step of a graph with phases that names none": step_without_a_phase,
     "a plan for another graph": plan_for_another_graph,
     "a device that the machine lacks": missing_device,
 }

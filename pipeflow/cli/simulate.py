@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 @click.option(
     "--mode", type=click.Choice(["train", "infer"]), default="train", show_default=True, help="Which of its programs."
 )
+@click.option("--phase", help="Of this phase of the training, where the graph has any; by default all of it at once.")
 @click.option("--trace", type=click.Path(dir_okay=False, writable=True), help="Also write a Chrome/Perfetto trace.")
 @click.option("--width", type=click.IntRange(min=40), help="Columns of the drawing; by default the terminal's, or 100.")
 @json_option
-def command(plan: str, mode: str, trace: str | None, width: int | None, as_json: bool) -> None:
+def command(plan: str, mode: str, phase: str | None, trace: str | None, width: int | None, as_json: bool) -> None:
     """Tell how long PLAN, a file of `pipeflow plan`, takes, who waits for whom, and what memory peaks at."""
     from pipeflow.execution_plan import Plan
     from pipeflow.lowering import lower
@@ -32,6 +33,8 @@ def command(plan: str, mode: str, trace: str | None, width: int | None, as_json:
     from pipeflow.simulator import simulate
 
     loaded = Plan.load(plan)
+    if phase is not None:
+        loaded = loaded.in_phase(phase)
     timeline = simulate(lower(loaded, mode=Mode(mode)), plan=loaded)
     if trace is not None:
         timeline.to_chrome(trace)

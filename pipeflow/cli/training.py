@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -45,11 +46,11 @@ class Job:
     seed: int
     num_threads: int
 
-    def batches(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """(epoch, batch) of every training step."""
-        for epoch in range(self.num_epochs):
-            for batch in self.recipe.train_batches(epoch, self.seed):
-                yield epoch, batch
+    def steps(self, epoch: int) -> Iterator[tuple[Mapping[str, Tensor], str | None]]:
+        """(batch, phase) of every training step: each batch serves all phases in turn."""
+        for batch in self.recipe.train_batches(epoch, self.seed):
+            for phase in tuple(self.graph.phases) or (None,):
+                yield batch, phase
 
 
 def train(
@@ -78,8 +79,8 @@ def train(
     ) as engine:
         for index in range(job.num_epochs):
             start, total, num_samples = time.perf_counter(), 0.0, 0
-            for batch in recipe.train_batches(index, job.seed):
-                result = engine.step(batch)
+            for batch, phase in job.steps(index):
+                result = engine.step(batch, phase=phase)
                 losses.append(result.loss)
                 total += result.loss * result.num_samples
                 num_samples += result.num_samples
@@ -141,9 +142,10 @@ def compare(
             device=kind if kind == "cuda" else "cpu",
         )
         differences, seconds = [], []
-        for (_, batch), loss in zip(job.batches(), run.losses, strict=True):
+        steps = chain.from_iterable(job.steps(epoch) for epoch in range(job.num_epochs))
+        for (batch, phase), loss in zip(steps, run.losses, strict=True):
             start = time.perf_counter()
-            own = reference.step(batch).loss
+            own = reference.step(batch, phase=phase).loss
             seconds.append(time.perf_counter() - start)
             differences.append(abs(own - loss))
             on_step(own)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 def command(context: click.Context, /, plan: str, semantics: str, as_json: bool) -> None:
     """Prove that PLAN, a file of `pipeflow plan`, runs to its end within the memory of its devices.
 
-    Both of its programs are proved: the one for training and the one for inference. Exit code 1
-    means that one is refused; the shortest counterexample that was found is printed.
+    All of its programs are proved: the one for training, the one for inference, and those of the
+    phases of the training. Exit code 1 means that one is refused; the shortest counterexample that
+    was found is printed.
     """
     from pipeflow.execution_plan import Plan
 
@@ -50,41 +51,48 @@ def command(context: click.Context, /, plan: str, semantics: str, as_json: bool)
         show(_table(loaded, proofs, semantics))
 
 
-def _prove(plan: Plan, semantics: Any) -> tuple[Proof, ...]:
+def _prove(plan: Plan, semantics: Any) -> tuple[tuple[str, Proof], ...]:
+    """Proofs by the name of the program."""
     from pipeflow.lowering import lower
     from pipeflow.program import Mode
     from pipeflow.verifier import verify
 
-    return tuple(verify(lower(plan, mode=mode), plan=plan, semantics=semantics) for mode in Mode)
+    programs = [(mode.value, plan, mode) for mode in Mode]
+    for phase in plan.costs.phases:
+        programs += [(f"{mode.value} {phase.name}", plan.in_phase(phase.name), mode) for mode in Mode]
+    return tuple(
+        (name, verify(lower(part, mode=mode), plan=part, semantics=semantics)) for name, part, mode in programs
+    )
 
 
-def _document(proofs: tuple[Proof, ...]) -> list[dict[str, Any]]:
+def _document(proofs: tuple[tuple[str, Proof], ...]) -> list[dict[str, Any]]:
     return [
         {
+            "program": name,
             "mode": proof.mode.value,
             "num_ranks": proof.num_ranks,
             "num_actions": proof.num_actions,
             "num_messages": proof.num_messages,
             "peak_bytes_by_rank": list(proof.peak_bytes_by_rank),
         }
-        for proof in proofs
+        for name, proof in proofs
     ]
 
 
-def _table(plan: Plan, proofs: tuple[Proof, ...], semantics: str) -> Table:
+def _table(plan: Plan, proofs: tuple[tuple[str, Proof], ...], semantics: str) -> Table:
     return Table(
         title=f"{plan.costs.name}: proved, with {semantics} sends",
         headings=("program", ">ranks", ">actions", ">messages", ">largest peak", "on"),
         rows=tuple(
             (
-                proof.mode.value,
+                name,
                 str(proof.num_ranks),
                 str(proof.num_actions),
                 str(proof.num_messages),
                 format_bytes(max(proof.peak_bytes_by_rank)),
                 plan.cluster.devices[proof.peak_bytes_by_rank.index(max(proof.peak_bytes_by_rank))].name,
             )
-            for proof in proofs
+            for name, proof in proofs
         ),
         notes=("Every action happens once, every message is received in order, nobody waits in a circle.",),
     )

@@ -3,7 +3,8 @@
 State is keyed by the model's own names, so any plan for the same graph can load it:
 
     model.<layer>.<name>              parameters and persistent buffers
-    optimizer.<layer>.<name>.<key>    an optimizer's tensors and numbers for a parameter
+    optimizer.<layer>.<name>.<key>    an optimizer's tensors and numbers for a parameter;
+                                      optimizer@<phase>. of a phase's own
 
 A manifest beside them lists the SHA-256 of every file, every key with its shape and dtype, and
 what is no tensor: the step, each parameter's hyper-parameters (learning rate, ...), schedulers.
@@ -32,11 +33,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from pipeflow.errors import CheckpointError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.distributed import gather_texts
-from pipeflow.runtime.replica import StageReplica
+from pipeflow.runtime.replica import StageReplica, Training
 from pipeflow.runtime.state import copy_into
 
 _MANIFEST = "pipeflow.json"
-_FORMAT = "pipeflow-checkpoint-1"
+_FORMAT = "pipeflow-checkpoint-2"
 
 
 def save(
@@ -62,20 +63,21 @@ def save(
         raise CheckpointError(problem)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    schedulers: list[Any] = []
+    schedulers: dict[str, Any] = {}
     for replica in replicas:
         tensors |= {f"model.{name}": t.detach() for name, t in replica.tensors().items()}
-        moments, hyper = _optimizer_state(replica)
-        tensors |= {f"optimizer.{name}": t for name, t in moments.items()}
-        settings |= hyper
-        if replica.scheduler is not None:
-            schedulers.append(_plain(replica.scheduler.state_dict()))
+        for phase, training in replica.training_by_phase.items():
+            moments, hyper = _optimizer_state(replica, training)
+            tensors |= {f"{_optimizer_key(phase)}.{name}": t for name, t in moments.items()}
+            settings |= {f"{_optimizer_key(phase)}.{name}": options for name, options in hyper.items()}
+            if training.scheduler is not None:
+                schedulers.setdefault(_optimizer_key(phase), _plain(training.scheduler.state_dict()))
     with _quiet():
         save_tensors(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
     mine = {
         "tensors": {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()},
         "hyper": settings,
-        "schedulers": schedulers[:1],
+        "schedulers": schedulers,
     }
     parts = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     if first:
@@ -86,7 +88,7 @@ def save(
             "calls": calls,
             "tensors": {k: v for part in parts for k, v in part["tensors"].items()},
             "hyper": {k: v for part in parts for k, v in part["hyper"].items()},
-            "scheduler": next((s for part in parts for s in part["schedulers"]), None),
+            "schedulers": {k: v for part in reversed(parts) for k, v in part["schedulers"].items()},
             "files": {f.name: _digest(f) for f in sorted(folder.iterdir())},
         }
         _write_last(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
@@ -124,18 +126,20 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
     with _quiet():
         load_tensors(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
     model = {k.removeprefix("model."): v for k, v in wanted.items() if k.startswith("model.")}
-    moments = {k.removeprefix("optimizer."): v for k, v in wanted.items() if k.startswith("optimizer.")}
     for replica in held:
         own = replica.tensors()
         copy_into(own, {name: model[name] for name in own if name in model}, own.keys())
-        _restore_optimizer(replica, moments, manifest["hyper"])
-        if replica.scheduler is not None and manifest["scheduler"] is not None:
-            replica.scheduler.load_state_dict(manifest["scheduler"])
-            # Its lists are by parameter group, which another plan has others of.
-            groups = replica.optimizer.param_groups if replica.optimizer is not None else []
-            replica.scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            replica.scheduler._last_lr = [group["lr"] for group in groups]
+        for phase, training in replica.training_by_phase.items():
+            start = f"{_optimizer_key(phase)}."
+            moments = {k.removeprefix(start): v for k, v in wanted.items() if k.startswith(start)}
+            hyper = {k.removeprefix(start): v for k, v in manifest["hyper"].items() if k.startswith(start)}
+            _restore_optimizer(replica, training, moments, hyper)
+            _restore_scheduler(training, manifest["schedulers"].get(_optimizer_key(phase)))
     return int(manifest["step"]), int(manifest["calls"])
+
+
+def _optimizer_key(phase: str | None) -> str:
+    return "optimizer" if phase is None else f"optimizer@{phase}"
 
 
 @contextmanager
@@ -155,36 +159,48 @@ def _parameter_of(key: str, names: Iterable[str]) -> str | None:
     return name if name in names else None
 
 
-def _optimizer_state(replica: StageReplica) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(replica: StageReplica, training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by `<parameter>.<key>`, hyper-parameters by parameter) of a replica's optimizer."""
-    if replica.optimizer is None:
+    if training.optimizer is None:
         return {}, {}
     name_by_id = {id(p): name for name, p in replica.parameters.items()}
     tensors: dict[str, Tensor] = {}
     hyper: dict[str, Any] = {}
-    for group in replica.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         options = {k: v for k, v in group.items() if k != "params"}
         for parameter in group["params"]:
             name = name_by_id[id(parameter)]
             hyper[name] = _plain(options)
-            for key, value in replica.optimizer.state.get(parameter, {}).items():
+            for key, value in training.optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     tensors[f"{name}.{key}"] = torch.as_tensor(value).detach()
     return tensors, hyper
 
 
-def _restore_optimizer(replica: StageReplica, moments: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> None:
+def _restore_scheduler(training: Training, saved: Any) -> None:
+    """Gives a scheduler its state back; its lists are by parameter group, which another plan has others of."""
+    if training.scheduler is None or saved is None:
+        return
+    training.scheduler.load_state_dict(saved)
+    groups = training.optimizer.param_groups if training.optimizer is not None else []
+    training.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    training.scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _restore_optimizer(
+    replica: StageReplica, training: Training, moments: Mapping[str, Tensor], hyper: Mapping[str, Any]
+) -> None:
     """Gives an optimizer its state back, through its own `load_state_dict`."""
-    if replica.optimizer is None:
+    if training.optimizer is None:
         return
     name_by_id = {id(p): name for name, p in replica.parameters.items()}
-    packed = replica.optimizer.state_dict()
+    packed = training.optimizer.state_dict()
     keys_by_name: dict[str, dict[str, Tensor]] = {}
     for full, value in moments.items():
         name, _, key = full.rpartition(".")
         keys_by_name.setdefault(name, {})[key] = value
     packed["state"] = {}
-    for group, record in zip(replica.optimizer.param_groups, packed["param_groups"], strict=True):
+    for group, record in zip(training.optimizer.param_groups, packed["param_groups"], strict=True):
         names = [name_by_id[id(p)] for p in group["params"]]
         for name, index in zip(names, record["params"], strict=True):
             if name in keys_by_name:
@@ -192,7 +208,7 @@ def _restore_optimizer(replica: StageReplica, moments: Mapping[str, Tensor], hyp
                 packed["state"][index] = {key: value.clone() for key, value in keys_by_name[name].items()}
         if saved := hyper.get(names[0]):
             record |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    replica.optimizer.load_state_dict(packed)
+    training.optimizer.load_state_dict(packed)
 
 
 def _plain(value: Any) -> Any:

@@ -37,6 +37,7 @@ class Executor:
         binder: what to bind them to.
         policy: what to do with gradients before the optimizer's step; None in inference.
         owned: the parameters of the stages whose first replica is here, by name.
+        names: of all parameters of the model; all ranks judge them in this order.
         measure: record when each action starts and ends, in `spans`.
 
     Attributes:
@@ -51,6 +52,7 @@ class Executor:
         *,
         policy: GradientPolicy | None = None,
         owned: Mapping[str, nn.Parameter] | None = None,
+        names: Sequence[str] = (),
         measure: bool = False,
     ) -> None:
         self.state: RankState = binder.state
@@ -60,7 +62,7 @@ class Executor:
         self._rank = binder.rank
         self._policy = policy or GradientPolicy()
         self._owned = owned or {}
-        self._names = tuple(binder.state.graph.parameters)
+        self._names = tuple(names)
         self._step = 0
         self._wait_share: Callable[[], Tensor] | None = None
         bound = [(action, closure) for action in actions if (closure := binder.bind(action)) is not None]

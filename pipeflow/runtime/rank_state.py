@@ -141,7 +141,7 @@ class RankState:
             for layer in stage.replica.random_layers:
                 layer.step = draw
             if stage.replica.statistics is not None:
-                stage.replica.statistics.begin()
+                stage.replica.statistics.begin(self.graph.layers)
 
     def _make_seeds(self, loss: Layer, factors: list[float], share: float) -> None:
         dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)

@@ -24,6 +24,7 @@ from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply
 from pipeflow.runtime.losses import add_parts, loss_factors
 from pipeflow.runtime.microbatch import microbatch_sizes, split
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
+from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
@@ -50,9 +51,9 @@ class Reference:
     def __init__(
         self,
         graph: LayerGraph,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
         *,
-        lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler: SchedulerFactory | Mapping[str, SchedulerFactory] | None = None,
         parameter_groups: ParameterGroups | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -66,10 +67,12 @@ class Reference:
         self.num_microbatches = num_microbatches
         self._device = torch.device(device)
         self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed)
+        groups = check_groups(parameter_groups, graph.parameters)
+        schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
+        for phase, factory in for_each_phase(graph, optimizer, "optimizer").items():
+            self._replica.make_optimizer(factory, schedulers.get(phase), groups, phase)
         self._has_optimizer = optimizer is not None
-        if optimizer is not None:
-            groups = check_groups(parameter_groups, graph.parameters)
-            self._replica.make_optimizer(optimizer, lr_scheduler, groups)
+        self._open = OpenPhase(graph)
         self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
         self._step = 0
         self._calls = 0
@@ -80,17 +83,28 @@ class Reference:
                     readers[tensor] = readers.get(tensor, 0) + 1
         self._viewed = {t for t, n in readers.items() if n > 1 and t in graph.differentiable}
 
-    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Adds a batch's gradients to those of the next step. As `pipeflow.Engine.accumulate`."""
-        result = self._run(batch, tuple(self.graph.layers), train=True, share=share)[0]
+        if not self._has_optimizer:
+            raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
+        self._open.check(phase)
+        self._replica.enter(phase)
+        result = self._run(batch, self._layers(phase), train=True, share=share)[0]
+        self._open.accumulated(phase)
         self._calls += 1
         return result
 
-    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+    def _layers(self, phase: str | None) -> tuple[str, ...]:
+        """What runs: all layers, or those that the losses of a phase depend on."""
+        if phase is None:
+            return tuple(self.graph.layers)
+        needed = needed_layers(self.graph, self.graph.phases[phase].losses)
+        return tuple(name for name in self.graph.layers if name in needed)
+
+    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Trains on one batch. Arguments and errors as `pipeflow.Engine.step`."""
-        if not self._has_optimizer:
-            raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
-        result = self.accumulate(batch, share=share)
+        result = self.accumulate(batch, share=share, phase=phase)
+        self._open.stepped()
         verdict = Verdict()
         if self._policy.needs_norms:
             names = tuple(self.graph.parameters)
@@ -108,10 +122,10 @@ class Reference:
         self._step += 1
         return replace(result, gradient_norm=verdict.norm, skipped=verdict.skip)
 
-    def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def evaluate(self, batch: Mapping[str, Tensor], *, phase: str | None = None) -> StepResult:
         """The losses of a batch in evaluation mode, without training."""
         with torch.no_grad():
-            return self._run(batch, tuple(self.graph.layers), train=False)[0]
+            return self._run(batch, self._layers(phase), train=False)[0]
 
     def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Output tensors for a batch, in evaluation mode; by default the graph's outputs."""
@@ -137,8 +151,9 @@ class Reference:
         sizes = microbatch_sizes(num_samples, self.num_microbatches)
         feed = {name: split(batch[name].to(self._device), sizes) for name in read}
         self._replica.train(train)
-        factors = {n: loss_factors(graph.layers[n], sizes, batch) for n in graph.losses if n in layers}
-        parts: dict[str, list[float]] = {name: [] for name in graph.losses}
+        losses = [name for name in graph.losses if name in layers]
+        factors = {name: loss_factors(graph.layers[name], sizes, batch) for name in losses}
+        parts: dict[str, list[float]] = {name: [] for name in losses}
         kept: dict[str, list[Tensor]] = {name: [] for name in keep}
         first_sample = 0
         for m, size in enumerate(sizes):
@@ -150,7 +165,7 @@ class Reference:
             values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
             for name in keep:
                 kept[name].append(values[name].detach())
-            roots = {name: values[graph.layers[name].outputs[0]] for name in graph.losses if name in layers}
+            roots = {name: values[graph.layers[name].outputs[0]] for name in losses}
             counted = {name: value for name, value in roots.items() if factors[name][m]}
             for name, value in counted.items():
                 parts[name].append(float(value.detach()) * factors[name][m])
@@ -159,7 +174,7 @@ class Reference:
                 seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m] * share) for n in trained]
                 torch.autograd.backward([roots[n] for n in trained], seeds)
         totals = {name: add_parts(values) for name, values in parts.items()}
-        weights = {name: graph.layers[name].weight for name in graph.losses}
+        weights = {name: graph.layers[name].weight for name in losses}
         return StepResult(num_samples, totals, weights), kept
 
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:

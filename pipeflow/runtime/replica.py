@@ -6,6 +6,7 @@ State is reached by the model's own names, `<layer>.<parameter>`; no stage or ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 
 from pipeflow.errors import EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.phase import trained_parameters
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.randomness import RandomLayer, layer_key
 from pipeflow.runtime.running_statistics import RunningStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a replica learns in one phase: what, by which optimizer, at which rates."""
+
+    trained: frozenset[str]
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+
 
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 """Makes an optimizer for the parameters it is given, those of one stage: a list of parameters, or
@@ -49,29 +61,54 @@ class StageReplica:
             self.functions[name] = function
         self.statistics: RunningStatistics | None = None
         self.parameters = dict(named(self.modules, nn.Module.named_parameters))
+        self.training_by_phase: dict[str | None, Training] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
+        self._phase: str | None = None
+        self._graph = graph
 
     def make_optimizer(
-        self, factory: OptimizerFactory, scheduler: SchedulerFactory | None, groups: ParameterGroups
+        self,
+        factory: OptimizerFactory,
+        scheduler: SchedulerFactory | None,
+        groups: ParameterGroups,
+        phase: str | None = None,
     ) -> None:
-        """Gives the replica its optimizer, unless no parameter of it is trained."""
+        """Gives the replica its optimizer for a phase, unless it trains no parameter of it."""
         trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        if not trained:
+        if phase is not None:
+            of_phase = trained_parameters(self._graph, self._graph.phases[phase])
+            trained = {name: p for name, p in self.parameters.items() if name in of_phase}
+        if trained:
+            self.optimizer = self._checked(factory(grouped(trained, groups)), trained)
+            self.scheduler = scheduler(self.optimizer) if scheduler else None
+        self.training_by_phase[phase] = Training(frozenset(trained), self.optimizer, self.scheduler)
+        if phase is not None:
+            self.optimizer = self.scheduler = None  # until it is entered
+
+    def enter(self, phase: str | None) -> None:
+        """From now on the replica learns as in this phase; what it does not train is frozen."""
+        if phase is None or phase == self._phase:
             return
-        self.optimizer = factory(grouped(trained, groups))
-        if isinstance(self.optimizer, torch.optim.LBFGS):
+        self._phase = phase
+        training = self.training_by_phase[phase]
+        self.optimizer, self.scheduler = training.optimizer, training.scheduler
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in training.trained)
+
+    def _checked(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        if isinstance(optimizer, torch.optim.LBFGS):
             raise EngineError(
                 "optimizer LBFGS needs a closure over the whole model, which no stage has; use one whose step "
                 "is a function of each parameter and its gradient, such as SGD or AdamW"
             )
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, p in self.parameters.items() if p.requires_grad and id(p) not in held]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in trained.items() if id(p) not in held]:
             raise EngineError(
                 f"the optimizer factory left out {missing[0]!r} ({len(missing)} parameters); give all it is "
                 "given to the optimizer, and freeze others with requires_grad=False before"
             )
-        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        return optimizer
 
     def record_statistics(self, graph: LayerGraph) -> None:
         """Lets the norms record what they see, to be exchanged with other replicas, where there are any."""

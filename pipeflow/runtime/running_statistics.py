@@ -16,7 +16,7 @@ As in torch, a forward has updated the statistics whatever becomes of its gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,19 +42,20 @@ class RunningStatistics:
     """
 
     def __init__(self, layers: Iterable[Layer], modules: Mapping[str, nn.Module]) -> None:
-        self.calls: list[tuple[str, Norm]] = []
+        self._every: list[tuple[str, Norm]] = []
         for layer in layers:
             for path in layer.norm_calls:
                 norm = modules[layer.name].get_submodule(path)
                 assert isinstance(norm, Norm)
-                self.calls.append((layer.name, norm))
-        for norm in {id(norm): norm for _, norm in self.calls}.values():
+                self._every.append((layer.name, norm))
+        self.calls = self._every
+        for norm in {id(norm): norm for _, norm in self._every}.values():
             self._record(norm)
         self._seen: dict[int, list[tuple[Norm, Statistics]]] = {}
         self._current: list[tuple[Norm, Statistics]] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.calls)
+        return bool(self._every)
 
     def _record(self, norm: Norm) -> None:
         forward = norm.forward
@@ -70,8 +71,9 @@ class RunningStatistics:
 
         norm.forward = record  # type: ignore[method-assign]  # torch calls what the instance has
 
-    def begin(self) -> None:
-        """A batch starts."""
+    def begin(self, layers: Container[str]) -> None:
+        """A batch starts, of which these layers run."""
+        self.calls = [(name, norm) for name, norm in self._every if name in layers]
         self._seen.clear()
 
     @contextmanager
@@ -95,6 +97,8 @@ class RunningStatistics:
 
     def start_exchange(self, transport: Transport, stage: int, sizes: Sequence[int]) -> Callable[[], None]:
         """[2] Starts to tell the other replicas; the result waits, and replays all updates."""
+        if not self.calls:
+            return lambda: None
         width = sum(2 * _width(norm) for _, norm in self.calls)
         device = _mean(self.calls[0][1]).device
         rows = []

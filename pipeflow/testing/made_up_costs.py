@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.phase import phase_costs
 
 
 def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) -> GraphCosts:
@@ -42,4 +43,5 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
             for name, layer in graph.layers.items()
         ),
         colocated=graph.colocated,
+        phases=phase_costs(graph),
     )

@@ -14,6 +14,7 @@ from pipeflow.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGITS = ROOT / "examples" / "digits.py"
+GAN = ROOT / "examples" / "gan.py"
 
 TINY = """
 import torch
@@ -182,3 +183,10 @@ def test_digits_gives_the_same_losses_under_torchrun(digits_plan: str, digits_ru
     assert there["ranks_are"] == "processes"
     assert there["losses"] == pytest.approx(digits_run["losses"][: len(there["losses"])], rel=1e-4)
     assert there["epochs"][0]["metric"] == pytest.approx(digits_run["epochs"][0]["metric"], abs=0.01)
+
+
+def test_a_gan_trains_in_its_phases_as_on_one_device() -> None:
+    run = train_json(str(GAN), "--epochs", "1")
+    assert len(run["losses"]) == 2 * 15  # 1,797 digits in batches of 128, a step of each phase for each
+    assert run["comparison"]["largest_loss_difference"] == 0
+    assert run["comparison"]["largest_parameter_difference"] == 0

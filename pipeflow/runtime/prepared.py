@@ -1,0 +1,78 @@
+"""A plan made ready to be bound: proved and lowered, for each phase of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeflow.errors import PlanError
+from pipeflow.execution_plan import Plan
+from pipeflow.flows import Flow, flows
+from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.phase import phase_costs
+from pipeflow.lowering import lower
+from pipeflow.program import Mode, Program, Step
+from pipeflow.verifier import verify
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What one phase runs; a training without phases is one, named None.
+
+    Attributes:
+        graph: the layers that run, with gradients where the phase trains.
+        programs: for training and for inference.
+        flows: of all tensors between the layers that run.
+    """
+
+    graph: LayerGraph
+    programs: Mapping[Mode, Program]
+    flows: Mapping[str, Flow]
+
+
+def prepare(graph: LayerGraph, plan: Plan) -> Mapping[str | None, Prepared]:
+    """The whole graph, under None, and each of its phases.
+
+    Raises:
+        PlanError: the plan is for another graph, or asks for what this version does not run.
+        VerificationError: a program would not run to its end.
+    """
+    graph.check()
+    _check_match(graph, plan)
+    whole = _prepare(graph, plan)
+    _check_steps(graph, plan, whole.programs[Mode.TRAIN])
+    return {None: whole, **{name: _prepare(graph.in_phase(name), plan.in_phase(name)) for name in graph.phases}}
+
+
+def _prepare(graph: LayerGraph, plan: Plan) -> Prepared:
+    verify(plan)
+    programs = {mode: lower(plan, mode=mode) for mode in Mode}
+    return Prepared(graph, programs, flows(plan.costs, [stage.layers for stage in plan.stages]))
+
+
+def _check_match(graph: LayerGraph, plan: Plan) -> None:
+    if plan.graph_digest and plan.graph_digest != graph.digest:
+        raise PlanError(
+            f"the plan is for the graph {plan.graph_digest[:12]}, this graph {graph.name!r} is {graph.digest[:12]}; "
+            "plan again for it"
+        )
+    if tuple(graph.layers) != tuple(layer.name for layer in plan.costs.layers):
+        raise PlanError(f"the plan's layers are not those of graph {graph.name!r} in its order; plan again for it")
+    if plan.costs.phases != phase_costs(graph):
+        raise PlanError(
+            f"graph {graph.name!r} trains in phases {', '.join(graph.phases) or 'none'}, and the plan's costs know of "
+            f"{', '.join(phase.name for phase in plan.costs.phases) or 'none'}, or of others of these names; profile "
+            "the graph again and plan with those costs"
+        )
+
+
+def _check_steps(graph: LayerGraph, plan: Plan, program: Program) -> None:
+    """Every stage with parameters to train takes a step: a plan from costs may not know of them."""
+    stepping = {a.stage for actions in program.actions_by_rank for a in actions if isinstance(a, Step)}
+    for layer, size in graph.parameter_bytes.items():
+        stage = plan.stage_by_layer[layer]
+        if size and graph.layers[layer].has_backward and stage not in stepping:
+            raise PlanError(
+                f"layer {layer!r} has {size} bytes of parameters, but by the plan's costs stage {stage} has none to "
+                "train; profile the graph again and plan with those costs"
+            )
