@@ -11,7 +11,7 @@ from typing import Any
 import networkx as nx
 from networkx.algorithms.flow import build_residual_network, preflow_push
 
-from pipeflow.partitioners.objective import compute_seconds
+from pipeflow.partitioners.objective import compute_seconds, reduction_volume
 from pipeflow.partitioners.problem import PartitionProblem
 
 _SLACK = 1 - 1e-12
@@ -66,7 +66,8 @@ def atom_bound(problem: PartitionProblem) -> float:
         for r in counts:
             if r > 1 and not atoms.replicable[atom]:
                 continue
-            reduction = 2 * (r - 1) / r * amount / bandwidth + 2 * (r - 1) * latency if r > 1 and amount else 0.0
+            volume, latencies = reduction_volume(r, problem.reduction)
+            reduction = volume * amount / bandwidth + latencies * latency if r > 1 and amount else 0.0
             options.append(problem.share(r) * compute + reduction * problem.reductions(r))
         if options:
             best = max(best, min(options))
@@ -79,10 +80,10 @@ def cut_bound(problem: PartitionProblem) -> float:
     A stage S around an atom costs the compute of S and every net that S cuts; the least of that
     over all sets S, valid or not, is a minimum cut between the atom and the rest: each other atom
     in S pays its seconds. Atoms that cost most by themselves are tried first, until none that is
-    left can raise the bound. 0 where stages may be replicated or transfers overlap.
+    left can raise the bound. 0 where stages may be replicated or transfers are not added.
     """
     atoms, cluster = problem.atoms, problem.cluster
-    if problem.replica_limit > 1 or problem.overlap:
+    if problem.replica_limit > 1 or problem.transfers != "added":
         return 0.0
     compute = _fastest_seconds(problem)
     links = _links(problem)

@@ -28,7 +28,7 @@ from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.orders import best_of_orders
 from pipeflow.partitioners.partition import Partition, Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import PartitionProblem, Position, one_version
 
 _RESOLUTION = 2.0**34
 """Whole numbers up to here for the seconds of the warm start's bottleneck."""
@@ -43,8 +43,10 @@ def supports(problem: PartitionProblem) -> str | None:
         return "more than one replica a stage is allowed; set max_replicas=1"
     if not problem.cluster.is_uniform:
         return "devices or links differ"
-    if problem.overlap:
-        return "transfers overlap with compute"
+    if problem.transfers not in ("added", "free"):
+        return f"transfers are {problem.transfers}"
+    if problem.weight_versions is not one_version:
+        return "weights are stashed"
     if problem.chunks > 1 and (problem.stage_count or problem.max_stages or _holds_activations(problem)):
         return "several chunks on a device, with a number of stages or limits on activations"
     return None
@@ -59,8 +61,8 @@ def cpsat(problem: PartitionProblem) -> Partition:
     """The best contiguous partition, proved as far as the solver gets in its budget of work.
 
     Raises:
-        PlanError: replicas, unlike devices or overlap, which the model does not express; or
-            OR-tools is not installed.
+        PlanError: replicas, unlike devices, transfers that overlap or stashed weights, which the model does
+            not express; or OR-tools is not installed.
         Infeasible: no cut fits.
     """
     if reason := supports(problem):
@@ -204,7 +206,7 @@ class _Model:
         problem, atoms = self.problem, self.problem.atoms
         device = problem.cluster.devices[0]
         compute = [math.floor(compute_seconds(group, device) * self.scale) for group in atoms.layers]
-        bandwidth, latency = problem.cluster.link(0, 1) if problem.cluster.num_devices > 1 else (math.inf, 0.0)
+        bandwidth, latency = problem.transfer_link
         weights: dict[tuple[int, tuple[int, ...]], float] = {}
         for net in atoms.nets:
             key = (net.producer, net.readers)
@@ -239,7 +241,7 @@ class _Model:
                 for p, h, row in zip(atoms.parameter_bytes, atoms.saved_bytes, on, strict=True)
                 if p or (h and in_flight)
             ]
-            for net in atoms.nets if in_flight and most > 1 else ():
+            for net in atoms.nets if problem.holds_received and in_flight and most > 1 else ():
                 if not net.is_activation or not net.bytes:
                     continue
                 kept = model.new_bool_var("")

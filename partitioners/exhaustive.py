@@ -60,6 +60,7 @@ class _Block:
     seconds: tuple[float, ...]
     least_transfers: float
     fixed_bytes: int
+    version_bytes: int
     each_bytes: int
     is_stuck: bool
 
@@ -129,11 +130,12 @@ class _Search:
             self._members(block), None if problem.cluster.is_uniform else devices, num_replicas=r
         ):
             return False
-        in_flight = problem.in_flight(Position(r, from_here, problem.num_microbatches))
-        if costs.fixed_bytes + in_flight * costs.each_bytes > min(self.limits[d] for d in devices):
+        position = Position(r, from_here, problem.num_microbatches)
+        held = problem.in_flight(position) * costs.each_bytes + problem.weight_versions(position) * costs.version_bytes
+        if costs.fixed_bytes + held > min(self.limits[d] for d in devices):
             return False
         compute = max(costs.seconds[d] for d in devices)
-        both = max(compute, costs.least_transfers) if problem.overlap else compute + costs.least_transfers
+        both = compute + costs.least_transfers if problem.transfers == "added" else compute
         return problem.share(r) * both < self.best * _BETTER
 
     def _is_placed(self, later: list[tuple[int, tuple[int, ...]]]) -> bool:
@@ -167,13 +169,14 @@ class _Search:
             inside = [bool(block >> end & 1) for end in net.ends]
             if any(inside) and not all(inside):
                 transfers += latency + net.bytes / bandwidth
-                received += net.bytes * (net.is_activation and not inside[0])
+                received += net.bytes * (problem.holds_received and net.is_activation and not inside[0])
         parameters = sum(layer.parameter_bytes for layer in layers)
         state = math.ceil(problem.gradient_ratio * parameters) + math.ceil(problem.optimizer_ratio * parameters)
         return _Block(
             seconds=tuple(compute_seconds(layers, device) for device in problem.cluster.devices),
             least_transfers=transfers,
-            fixed_bytes=parameters + state,
+            fixed_bytes=state,
+            version_bytes=parameters,
             each_bytes=sum(layer.saved_bytes for layer in layers) + received,
             is_stuck=not all(layer.replicable for layer in layers),
         )

@@ -76,7 +76,9 @@ def _atom_reason(problem: PartitionProblem) -> str | None:
         if not allowed:
             continue
         in_flight = min(allowed.values())
-        parts = _parts(problem, int(atoms.parameter_bytes[atom]), in_flight * int(atoms.saved_bytes[atom]), in_flight)
+        versions = min(problem.weight_versions(Position(r, r, microbatches)) for r in allowed)
+        activations = in_flight * int(atoms.saved_bytes[atom])
+        parts = _parts(problem, int(atoms.parameter_bytes[atom]), activations, in_flight, versions)
         lacking = sum(n for n, _ in parts) - limits[largest]
         if lacking > worst:
             names = ", ".join(repr(n) for n in atoms.members[atom][:4]) + (
@@ -95,7 +97,9 @@ def _total_reason(problem: PartitionProblem) -> str | None:
     limits = sorted(memory_limits(problem), reverse=True)[: problem.device_limit]
     if math.inf in limits:
         return None
-    parts = _parts(problem, int(problem.atoms.parameter_bytes.sum()), 0, 0)
+    counts = _replica_counts(problem)
+    versions = min(problem.weight_versions(Position(r, r, problem.num_microbatches)) for r in counts)
+    parts = _parts(problem, int(problem.atoms.parameter_bytes.sum()), 0, 0, versions)
     total = sum(n for n, _ in parts)
     if total <= sum(limits):
         return None
@@ -143,9 +147,11 @@ def no_cut_fits(problem: PartitionProblem, closest: Sequence[Stage] | None, what
     return Infeasible([f"no {what} fits into memory; even in the closest, {reasons[0]}", *reasons[1:]])
 
 
-def _parts(problem: PartitionProblem, parameters: int, activations: int, in_flight: int) -> list[tuple[int, str]]:
+def _parts(
+    problem: PartitionProblem, parameters: int, activations: int, in_flight: int, versions: int
+) -> list[tuple[int, str]]:
     return [
-        (parameters, "of parameters"),
+        (versions * parameters, "of parameters"),
         (math.ceil(problem.gradient_ratio * parameters), "of gradients"),
         (math.ceil(problem.optimizer_ratio * parameters), "of optimizer state"),
         (activations, f"of activations of {in_flight} micro-batch{'es' * (in_flight != 1)}"),

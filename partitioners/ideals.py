@@ -1,21 +1,18 @@
 """The exact dynamic programme over ideals: every contiguous cut at once, pruned by a threshold.
 
-A partition is a chain of ideals of the atoms' order (sets closed under predecessors). For a
-threshold U the programme finds for every ideal I the least number of stages, each of at most U
-seconds, that make it up (Tarnawski et al., NeurIPS 2020, section 4, turned from a table over
-(ideal, devices) into one number for each ideal: memory is linear in the ideals):
+For a threshold U the programme finds for every ideal J the least number of devices on which all
+that follows J runs in stages of at most U seconds each (Tarnawski et al., NeurIPS 2020, section 4,
+turned from a table over (ideal, devices) into one number for each ideal, so that memory is linear
+in the ideals; replicas as Narayanan et al., SOSP 2019, section 3.1, count them):
 
-    stages(J) = 1 + min over I subset of J with load(J - I) <= U of stages(I)
+    devices(I) = min over J, a superset of I, and r of r + devices(J)
+                 where the stage J - I on r devices takes at most U and fits into memory
 
-Ideals whose remaining work does not fit the remaining stages at U are skipped. U starts just under
-the best partition known; where it cannot be reached, U is a proven bound.
-
-A net with c ends in an ideal is open while 0 < c < all. Then load(J - I) is compute plus
-
-    open(J) - sum over nets open in I of w * open_J + sum over nets open in I of w * [c_J > c_I],
-
-so that a step looks only at the few nets open in I. A net that several stages read is counted
-once, and unbound atoms are left out: both can only lower the loads, so bounds stay bounds.
+It runs from the last stage to the first, because what a stage has to hold depends on the replicas
+from it on; the fewer they are the less, so the least number of them is all there is to know.
+Ideals whose work does not fit the remaining devices at U are skipped. U starts just under the
+best partition known; where it cannot be reached, U is a proven bound. What a stage costs at least is
+in `pipeflow.partitioners.lattice`.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,22 +32,24 @@ from pipeflow.partitioners.atoms import Floats, Ints
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import closest
-from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible, shortfall
+from pipeflow.partitioners.feasibility import no_cut_fits, require_feasible, shortfall
+from pipeflow.partitioners.lattice import Lattice, StageCosts, enumerate_ideals
 from pipeflow.partitioners.normalise import fold
-from pipeflow.partitioners.objective import compute_seconds, objective
+from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders
 from pipeflow.partitioners.partition import Partition, Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import PartitionProblem
 
 MOST_IDEALS = 60_000
 _STRICTLY = 1 - 1e-9
-_UNREACHED = 255
+_UNREACHED = 2**30
+
+_ROUNDING = 1 + 1e-12
+"""Sums of work in another order differ by that much at most."""
 
 
 def supports(problem: PartitionProblem) -> str | None:
     """Why the programme cannot express the problem, or None if it can."""
-    if problem.replica_limit > 1:
-        return "more than one replica a stage is allowed; set max_replicas=1"
     if problem.chunks > 1:
         return "a device may hold several stages; set chunks=1"
     if not problem.cluster.is_uniform:
@@ -58,18 +58,22 @@ def supports(problem: PartitionProblem) -> str | None:
         return "a number of stages is asked for; set max_stages"
     if problem.pinned.stages:
         return "layers are pinned to stages; pin them to devices, or together and apart"
+    if problem.replica_limit > 1 and problem.pinned.devices:
+        return "layers are pinned to devices, and more than one replica a stage is allowed; set max_replicas=1"
+    if problem.replica_limit > 1 and problem.max_stages is not None:
+        return "max_stages is set, and more than one replica a stage is allowed; set max_replicas=1"
     return None
 
 
 def ideals(problem: PartitionProblem) -> Partition:
     """The best contiguous partition, with its proof, where the graph has few enough ideals.
 
-    Starts from the best of many orders. Exact but for what the head of the module leaves out;
-    the lower bound is proven in any case.
+    Starts from the best of many orders. Exact but for what `pipeflow.partitioners.lattice` leaves
+    out; the lower bound is proven in any case.
 
     Raises:
-        PlanError: replicas, unlike devices, an exact number of stages, layers pinned to stages, or
-            more than 60,000 ideals.
+        PlanError: unlike devices, an exact number of stages, layers pinned to stages, or more than
+            60,000 ideals.
         Infeasible: no cut fits.
     """
     if reason := supports(problem):
@@ -83,20 +87,26 @@ def ideals(problem: PartitionProblem) -> Partition:
         raise PlanError(f"the graph has more than {MOST_IDEALS} ideals; use another partitioner")
     stages, proved = result
     if stages is None:
-        raise no_cut_fits(problem, closest(problem, bound), "cut")
+        what = "cut" if proved == math.inf else "cut of many orders"
+        raise no_cut_fits(problem, closest(problem, bound), what)
     return certified(problem, stages, partitioner="ideals", lower_bound=proved)
 
 
 def improve(
     problem: PartitionProblem, start: Sequence[Stage] | None, bound: float, *, most_ideals: int = MOST_IDEALS
 ) -> tuple[tuple[Stage, ...] | None, float] | None:
-    """A partition at least as good as `start` and a proven bound; None if there are too many ideals."""
-    lattice = enumerate_ideals(problem, most_ideals)
-    if lattice is None:
+    """A partition at least as good as `start` and a proven bound, inf if there is no partition at all.
+
+    None if there are too many ideals.
+    """
+    masks = enumerate_ideals(problem, most_ideals)
+    if masks is None:
         return None
-    table = _Table(problem, lattice)
+    table = _Programme(problem, Lattice(problem, masks))
     best = tuple(start) if start else None
-    reach = objective(problem, best) if best else math.fsum(table.seconds) + table.open_seconds.max() + 1.0
+    reach = objective(problem, best) if best else table.ample
+    if best is None and table.chain(reach) is None:
+        return None, math.inf
     while reach * _STRICTLY > bound:
         chain = table.chain(reach * _STRICTLY)
         if chain is None:
@@ -116,192 +126,113 @@ def improve(
     return best, max(bound, low)
 
 
-def enumerate_ideals(problem: PartitionProblem, most: int) -> list[int] | None:
-    """All ideals of the bound atoms as bit masks, or None if there are more than `most`."""
-    atoms = problem.atoms
-    bound = [atom for atom in range(atoms.count) if atoms.bound[atom]]
-    needs = {atom: sum(1 << b for b in atoms.predecessors[atom]) for atom in bound}
-    first = frozenset(atom for atom in bound if not needs[atom])
-    ready: dict[int, frozenset[int]] = {0: first}
-    frontier = [0]
-    while frontier:
-        following = []
-        for ideal in frontier:
-            for atom in ready[ideal]:
-                larger = ideal | 1 << atom
-                if larger in ready:
-                    continue
-                freed = [b for b in atoms.successors[atom] if needs[b] & ~larger == 0]
-                ready[larger] = (ready[ideal] - {atom}).union(freed)
-                following.append(larger)
-            ready[ideal] = frozenset()
-        if len(ready) > most:
-            return None
-        frontier = following
-    return sorted(ready)
+class _Step(NamedTuple):
+    """A stage of a chain: from the ideal of one row to that of another, on so many devices."""
+
+    row: int
+    after: int
+    replicas: int
+
+
+class _Ideals(NamedTuple):
+    """Candidates for where a stage begins, and what the stage then costs but for its replicas."""
+
+    rows: Ints
+    compute: Floats
+    parameters: Floats
+    stuck: Floats
+    inward: Floats
+    outward: Floats
+    each: Floats
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Ideals as rows of arrays, in the order of their work; a subset stands before its supersets."""
-
+class _Programme:
     problem: PartitionProblem
-    masks: list[int]
+    lattice: Lattice
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        members = self._members(self.masks)
-        return np.lexsort((members.sum(axis=1), members @ self.seconds))
-
-    def _members(self, masks: Sequence[int]) -> NDArray[np.float32]:
-        width = (self.problem.atoms.count + 7) // 8
-        raw = np.frombuffer(b"".join(m.to_bytes(width, "little") for m in masks), dtype=np.uint8)
-        bits = np.unpackbits(raw.reshape(len(masks), width), axis=1, bitorder="little")
-        return bits[:, : self.problem.atoms.count].astype(np.float32)
+    def costs(self) -> StageCosts:
+        return StageCosts(self.problem)
 
     @cached_property
-    def sorted_masks(self) -> list[int]:
-        return [self.masks[i] for i in self._order]
+    def ample(self) -> float:
+        """More seconds than any stage can take."""
+        lattice, most = self.lattice, range(1, self.problem.replica_limit + 1)
+        whole = lattice.work[-1:], lattice.parameters[-1:], np.array([2 * float(lattice.passing.max())]), np.zeros(1)
+        return max(float(self.costs.seconds(r, *whole)[0]) for r in most) + 1.0
 
-    @cached_property
-    def members(self) -> NDArray[np.float32]:
-        return self._members(self.sorted_masks)
-
-    @cached_property
-    def words(self) -> NDArray[np.uint64]:
-        width = (self.problem.atoms.count + 63) // 64 * 8
-        raw = b"".join(m.to_bytes(width, "little") for m in self.sorted_masks)
-        return np.frombuffer(raw, dtype=np.uint64).reshape(len(self.masks), -1)
-
-    @cached_property
-    def seconds(self) -> Floats:
-        atoms, device = self.problem.atoms, self.problem.cluster.devices[0]
-        return np.array(
-            [compute_seconds(g, device) if b else 0.0 for g, b in zip(atoms.layers, atoms.bound, strict=True)]
-        )
-
-    @cached_property
-    def work(self) -> Floats:
-        return self.members.astype(np.float64) @ self.seconds
-
-    @cached_property
-    def sizes(self) -> Floats:
-        """Layers of an ideal."""
-        count: Floats = self.members.astype(np.float64) @ (
-            self.problem.pinned.sizes * np.array(self.problem.atoms.bound)
-        )
-        return count
-
-    @cached_property
-    def bytes(self) -> Floats:
-        """What the atoms of an ideal hold at least, on one device."""
-        problem, atoms = self.problem, self.problem.atoms
-        ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
-        least = problem.in_flight(Position(1, 1, problem.num_microbatches))
-        each = (ratio * atoms.parameter_bytes + least * atoms.saved_bytes) * np.array(atoms.bound)
-        total: Floats = self.members.astype(np.float64) @ each
-        return total
-
-    @cached_property
-    def _nets(self) -> tuple[list[tuple[int, ...]], Floats]:
-        cluster, atoms = self.problem.cluster, self.problem.atoms
-        bandwidth, latency = cluster.link(0, 1) if cluster.num_devices > 1 else (math.inf, 0.0)
-        weights: dict[tuple[int, ...], float] = {}
-        for net in atoms.nets:
-            ends = tuple(sorted(end for end in net.ends if atoms.bound[end]))
-            if len(ends) > 1:
-                weights[ends] = weights.get(ends, 0.0) + latency + net.bytes / bandwidth
-        return list(weights), np.array(list(weights.values()))
-
-    @cached_property
-    def counts(self) -> NDArray[np.uint16]:
-        """Ends of each net in each ideal, of shape (nets, ideals)."""
-        ends, _ = self._nets
-        incidence = np.zeros((len(ends), self.problem.atoms.count), np.float32)
-        for index, group in enumerate(ends):
-            incidence[index, list(group)] = 1
-        return (incidence @ self.members.T).astype(np.uint16)
-
-    @cached_property
-    def is_open(self) -> NDArray[np.bool_]:
-        sizes = np.array([len(group) for group in self._nets[0]], np.uint16)[:, None]
-        return (self.counts > 0) & (self.counts < sizes)
-
-    @cached_property
-    def open_seconds(self) -> Floats:
-        total: Floats = self._nets[1] @ self.is_open
-        return total if len(self._nets[0]) else np.zeros(len(self.masks))
-
-    @cached_property
-    def open_nets(self) -> list[Ints]:
-        nets, rows = np.nonzero(self.is_open)
-        order = np.argsort(rows, kind="stable")
-        starts = np.searchsorted(rows[order], np.arange(len(self.masks) + 1))
-        return [nets[order[a:b]] for a, b in itertools.pairwise(starts)]
-
-    def chain(self, upper: float) -> list[int] | None:
-        """Rows of a chain of ideals whose stages all keep to `upper`, or None if there is none."""
-        most, work, total = self.problem.stage_limit, self.work, self.work[-1]
-        limit = memory_limits(self.problem)[0]
-        weights, slack = self._nets[1], upper * (1 + 1e-13)
-        stages = np.full(len(work), _UNREACHED, np.uint8)
-        parent = np.zeros(len(work), np.int64)
-        stages[0] = 0
-        overlap = self.problem.overlap
-        for row in range(len(work) - 1):
-            k = int(stages[row]) + 1
-            if k > most or total - work[row] > (most - k + 1) * slack * (1 + 1e-12):
+    def chain(self, upper: float) -> list[_Step] | None:
+        """The stages, each within `upper` and memory, or None if there are none."""
+        work, most = self.lattice.work, self.problem.device_limit
+        slack = upper * (1 + 1e-13)
+        devices = np.full(len(work), _UNREACHED, np.int32)
+        after, replicas = np.zeros((2, len(work)), np.int64)
+        devices[-1] = 0
+        for row in range(len(work) - 1, 0, -1):
+            used = int(devices[row])
+            left = most - used
+            if left < 1 or work[row] > left * slack * _ROUNDING:
                 continue
-            low = max(row + 1, int(np.searchsorted(work, total - (most - k) * slack * (1 + 1e-12))))
-            high = int(np.searchsorted(work, work[row] + slack, side="right"))
-            if low >= high:
-                continue
-            some = low + np.flatnonzero(stages[low:high] > k)
-            own = self.words[row]
-            for word in np.flatnonzero(own):
-                some = some[(self.words[some, word] & own[word]) == own[word]]
-            if limit != math.inf:
-                some = some[self.bytes[some] - self.bytes[row] <= limit * (1 + 1e-12)]
-            some = self._allowed(some, row)
-            if not len(some):
-                continue
-            moved = self.open_seconds[some].copy()
-            for net in self.open_nets[row]:
-                counts = self.counts[net, some] > self.counts[net, row]
-                moved += weights[net] * (counts.astype(np.float64) - self.is_open[net, some])
-            compute = work[some] - work[row]
-            loads = np.maximum(compute, moved) if overlap else compute + moved
-            some = some[loads <= slack]
-            stages[some] = k
-            parent[some] = row
-            if stages[-1] <= most:
+            found = self._candidates(row, used, devices, slack)
+            for r in range(1, min(self.problem.replica_limit, left) + 1) if len(found.rows) else ():
+                fits = self._fits(found, r, used + r, slack) & (devices[found.rows] > used + r)
+                better = found.rows[fits & (work[found.rows] <= (left - r) * slack * _ROUNDING)]
+                devices[better], after[better], replicas[better] = used + r, row, r
+            if devices[0] <= most:
                 break
-        if stages[-1] > most:
+        if devices[0] > most:
             return None
-        rows = [len(work) - 1]
-        while rows[-1]:
-            rows.append(int(parent[rows[-1]]))
-        return rows[::-1]
+        steps, row = [], 0
+        while row < len(work) - 1:
+            steps.append(_Step(row, int(after[row]), int(replicas[row])))
+            row = steps[-1].after
+        return steps
 
-    def _allowed(self, some: Ints, row: int) -> Ints:
-        """Of the larger ideals `some`, those that a stage may lead to from the ideal `row`, by the pins."""
-        pinned, own = self.problem.pinned, self.members[row]
-        if pinned.max_layers is not None:
-            some = some[self.sizes[some] - self.sizes[row] <= pinned.max_layers]
-        for a, b in pinned.apart:
-            if not own[a] and not own[b]:
-                some = some[(self.members[some, a] == 0) | (self.members[some, b] == 0)]
-        return some
+    def _candidates(self, row: int, used: int, devices: NDArray[np.int32], slack: float) -> _Ideals:
+        """Where a stage that ends at the ideal of `row` may begin, with `used` devices after it."""
+        lattice, problem = self.lattice, self.problem
+        left = problem.device_limit - used
+        most = min(problem.replica_limit, left)
+        longest = slack / self.costs.shares[most] * _ROUNDING
+        low = int(np.searchsorted(lattice.work, lattice.work[row] - longest))
+        high = int(np.searchsorted(lattice.work, (left - 1) * slack * _ROUNDING, side="right"))
+        some = lattice.subsets(row, low, high)
+        some = lattice.allowed(some[devices[some] > used + 1], row)
+        inward, outward = lattice.transfers(some, row)
+        return _Ideals(
+            rows=some,
+            compute=np.maximum(lattice.work[row] - lattice.work[some], 0.0),
+            parameters=lattice.parameters[row] - lattice.parameters[some],
+            stuck=lattice.stuck[row] - lattice.stuck[some],
+            inward=inward,
+            outward=outward,
+            each=lattice.saved[row] - lattice.saved[some] + lattice.received_bytes(some, row)
+            if self.costs.limit < math.inf
+            else inward,
+        )
 
-    def stages(self, chain: Sequence[int]) -> tuple[Stage, ...] | None:
-        """The stages of a chain of rows; None if it leaves atoms out or breaks memory limits."""
-        atoms = self.problem.atoms
+    def _fits(self, found: _Ideals, replicas: int, from_here: int, slack: float) -> NDArray[np.bool_]:
+        seconds = self.costs.seconds(replicas, found.compute, found.parameters, found.inward, found.outward)
+        fits: NDArray[np.bool_] = seconds <= slack
+        if self.costs.limit < math.inf:
+            held = self.costs.held(replicas, from_here, found.parameters, found.each)
+            fits &= held <= self.costs.limit
+        if replicas > 1:
+            fits &= found.stuck == 0
+        return fits
+
+    def stages(self, chain: Sequence[_Step]) -> tuple[Stage, ...] | None:
+        """The stages of a chain; None if it leaves atoms out or breaks memory limits."""
+        atoms, masks = self.problem.atoms, self.lattice.sorted_masks
         if not all(atoms.bound):
             return None
+        firsts = [0, *itertools.accumulate(step.replicas for step in chain)]
         cut = []
-        for device, (a, b) in enumerate(itertools.pairwise(chain)):
-            mask = self.sorted_masks[b] & ~self.sorted_masks[a]
-            cut.append(([atom for atom in range(atoms.count) if mask >> atom & 1], (device,)))
+        for step, first in zip(chain, firsts, strict=False):
+            mask = masks[step.after] & ~masks[step.row]
+            members = [atom for atom in range(atoms.count) if mask >> atom & 1]
+            cut.append((members, tuple(range(first, first + step.replicas))))
         placed = self.problem.pinned.on_pinned_devices(cut, self.problem.cluster.num_devices)
         found = stages_of(self.problem, placed)
         return None if shortfall(self.problem, found) else found

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from pipeflow.partitioners.atoms import Floats, Ints
 from pipeflow.partitioners.feasibility import memory_limits
-from pipeflow.partitioners.objective import compute_seconds
+from pipeflow.partitioners.objective import compute_seconds, reduction_volume
 from pipeflow.partitioners.pinned_runs import PinnedRuns
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import InFlight, PartitionProblem, Position
 from pipeflow.partitioners.segments import Row, Segments
 
 _TIE = 1 + 1e-12
@@ -137,13 +137,27 @@ class _Program:
         return np.array([self.problem.reductions(r) for r in range(1, self.problem.replica_limit + 1)])
 
     @cached_property
+    def volumes(self) -> Floats:
+        """What a reduction moves for each byte, and its latencies, of shape (2, r - 1)."""
+        counts = range(1, self.problem.replica_limit + 1)
+        return np.array([reduction_volume(r, self.problem.reduction) for r in counts], dtype=np.float64).T
+
+    @cached_property
     def in_flight(self) -> Floats:
         """Micro-batches in flight, of shape (r - 1, d); used for r <= d."""
+        return self._by_position(self.problem.in_flight)
+
+    @cached_property
+    def versions(self) -> Floats:
+        """Copies of the parameters, of shape (r - 1, d); used for r <= d."""
+        return self._by_position(self.problem.weight_versions)
+
+    def _by_position(self, amount: InFlight) -> Floats:
         problem = self.problem
         table = np.zeros((problem.replica_limit, problem.device_limit + 1))
         for r in range(1, problem.replica_limit + 1):
             for d in range(r, problem.device_limit + 1):
-                table[r - 1, d] = problem.in_flight(Position(r, d, problem.num_microbatches))
+                table[r - 1, d] = amount(Position(r, d, problem.num_microbatches))
         return table
 
     def links(self, device: int, used: int) -> tuple[Floats, Floats, Floats]:
@@ -166,6 +180,8 @@ class _Program:
                 for own in range(device, last + 1):
                     outward = _worse(outward, cluster.link(own, last + 1))
             before[:, r - 1], after[:, r - 1], ring[:, r - 1] = inward, outward, worst
+        if self.problem.transfers == "free":
+            before[:], after[:] = 0.0, 0.0
         return before, after, ring
 
     def solve(self, upper: float) -> LinearCut | None:
@@ -254,8 +270,7 @@ class _Program:
                 rows = before[d - counts.stop : d - counts.start, i + 1 : i + 1 + width][::-1]
                 values = np.maximum(seconds[counts], rows)
                 if room is not None:
-                    held = self.in_flight[counts, d, None]
-                    values = np.where(held > (room if self.alike else room[counts]), np.inf, values)
+                    values = np.where(room.lacks(counts, d), np.inf, values)
                 if self.pinned is not None:
                     values[self._broken(i, k or d, width, used - d)[counts]] = np.inf
                 flat = int(values.argmin())
@@ -291,7 +306,7 @@ class _Program:
         )
         room = self._room(row, 0, width)
         if room is not None:
-            values[self.in_flight[0, low : high + 1, None] > room] = np.inf
+            values[room.lacks(slice(0, 1), slice(low, high + 1))[0]] = np.inf
         if self.pinned is not None and self.pinned.has_turns:
             for d in range(low, high + 1):
                 values[d - low, self._broken(i, d, width, 0)[0]] = np.inf
@@ -315,9 +330,10 @@ class _Program:
         return broken
 
     def _equal_links(self, used: int) -> tuple[Floats, Floats, Floats]:
-        bandwidth, latency = self.problem.cluster.link(0, 1) if self.problem.cluster.num_devices > 1 else (math.inf, 0)
-        table = np.tile(np.array([[1 / bandwidth], [latency]]), (1, len(self.shares)))
-        return table, table, table
+        cluster = self.problem.cluster
+        links = (self.problem.transfer_link, cluster.link(0, 1) if cluster.num_devices > 1 else (math.inf, 0.0))
+        moved, ring = (np.tile(np.array([[1 / b], [latency]]), (1, len(self.shares))) for b, latency in links)
+        return moved, moved, ring
 
     def _stage_seconds(
         self, row: Row, device: int, width: int, limit: float, tables: list[tuple[Floats, Floats, Floats]]
@@ -330,32 +346,50 @@ class _Program:
         else:
             models = self.models[1][device : device + most]
             compute = np.maximum.accumulate(row.seconds[models, :width], axis=0)
-        transfer = row.in_count[:width] * before[1] + row.in_bytes[:width] * before[0]
-        transfer = transfer + (row.out_count[:width] * after[1] + row.out_bytes[:width] * after[0])
-        both = np.maximum(compute, transfer) if self.problem.overlap else compute + transfer
-        seconds: Floats = self.shares[:most, None] * both
+        shares = self.shares[:most, None]
+        relayed = self.problem.transfers == "relayed"
+        inward, outward = self._messages(row, width, before, after)
+        if relayed:
+            seconds: Floats = shares * compute
+        elif self.problem.transfers == "overlapped":
+            seconds = shares * np.maximum(compute, inward + outward)
+        else:
+            seconds = shares * (compute + (inward + outward))
         if most > 1:
-            r = np.arange(1, most + 1)[:, None]
+            volumes, latencies = self.volumes[:, :most, None]
             parameters = row.parameter_bytes[:width]
-            reduction = 2 * (r - 1) / r * ring[0] * parameters + 2 * (r - 1) * ring[1] * (parameters > 0)
+            reduction = volumes * ring[0] * parameters + latencies * ring[1] * (parameters > 0)
             seconds = seconds + reduction * self.reductions[:most, None]
             seconds[1:, row.stuck[:width] > 0] = np.inf
+        if relayed and row.start:
+            seconds = np.maximum(seconds, shares * np.maximum(inward, outward))
         return np.where(seconds > limit, np.inf, seconds)
 
-    def _room(self, row: Row, device: int, width: int) -> Floats | None:
-        """How many micro-batches in flight fit, of shape (1 or r - 1, j); None without a limit."""
+    def _messages(self, row: Row, width: int, before: Floats, after: Floats) -> tuple[Floats, Floats]:
+        """Seconds of what enters and what leaves the stages [start, j), each of shape (r - 1 or 1, j)."""
+        if self.problem.transfers == "relayed":
+            count, amount = self.segments.passing
+            here, there = slice(row.start, row.start + 1), slice(row.start + 1, row.start + 1 + width)
+            return (
+                count[here] * before[1] + amount[here] * before[0],
+                count[there] * after[1] + amount[there] * after[0],
+            )
+        return (
+            row.in_count[:width] * before[1] + row.in_bytes[:width] * before[0],
+            row.out_count[:width] * after[1] + row.out_bytes[:width] * after[0],
+        )
+
+    def _room(self, row: Row, device: int, width: int) -> _Room | None:
+        """What the stages [start, j) may hold; None without a limit."""
         limits = self.limits if self.alike else np.minimum.accumulate(self.limits[device:])
         if not np.isfinite(limits).any():
             return None
         problem, parameters = self.problem, row.parameter_bytes[:width]
-        fixed = (
-            parameters + np.ceil(problem.gradient_ratio * parameters) + np.ceil(problem.optimizer_ratio * parameters)
-        )
-        each = row.saved_bytes[:width] + row.received_bytes[:width]
-        left = limits[:, None] - fixed
-        with np.errstate(divide="ignore", invalid="ignore"):
-            room = np.where(each > 0, np.floor(left / each), np.inf)
-        return np.where(left < 0, -1.0, room)
+        state = np.ceil(problem.gradient_ratio * parameters) + np.ceil(problem.optimizer_ratio * parameters)
+        each = row.saved_bytes[:width]
+        if problem.holds_received:
+            each = each + row.received_bytes[:width]
+        return _Room(limits[:, None] - state, parameters, each, self.in_flight, self.versions)
 
     def _trace(
         self, best: Floats, chosen_r: NDArray[np.int16], chosen_j: NDArray[np.int32], used: int
@@ -380,6 +414,32 @@ class _Program:
                 float(least), self.problem.pinned.on_pinned_devices(stages, self.problem.cluster.num_devices)
             )
         return LinearCut(float(least), tuple(stages))
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What stages hold, and what they may.
+
+    Attributes:
+        left: bytes of a device without gradients and optimizer state, of shape (1 or r - 1, j).
+        parameters, each: bytes of one copy of the parameters, and of one micro-batch, by j.
+        in_flight, versions: tables of shape (r - 1, d).
+    """
+
+    left: Floats
+    parameters: Floats
+    each: Floats
+    in_flight: Floats
+    versions: Floats
+
+    def lacks(self, counts: slice, devices: int | slice) -> NDArray[np.bool_]:
+        """Which do not fit, by r, by d where several are asked for, and by j."""
+        held = (
+            self.in_flight[counts, devices, None] * self.each + self.versions[counts, devices, None] * self.parameters
+        )
+        left = self.left if len(self.left) == 1 else self.left[counts]
+        lacking: NDArray[np.bool_] = held > left
+        return lacking
 
 
 def _worse(worst: tuple[float, float], link: tuple[float, float]) -> tuple[float, float]:

@@ -156,7 +156,7 @@ class _Rows:
 
     def _add_loads(self) -> None:
         problem, cluster = self.problem, self.problem.cluster
-        bandwidth, latency = cluster.link(0, 1) if cluster.num_devices > 1 else (math.inf, 0.0)
+        bandwidth, latency = problem.transfer_link
         limit = memory_limits(problem)[0]
         ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
         for stage in range(self.most):

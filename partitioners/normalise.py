@@ -42,7 +42,7 @@ def _applies(problem: PartitionProblem) -> bool:
         problem.replica_limit == 1
         and problem.stage_count is None
         and problem.cluster.is_uniform
-        and not problem.overlap
+        and problem.transfers == "added"
         and not problem.cluster.devices[0].speed_by_kind
         and not problem.pinned.stages
         and problem.pinned.max_layers is None
@@ -59,7 +59,8 @@ def memory_binds(problem: PartitionProblem) -> bool:
     parameters = int(atoms.parameter_bytes.sum())
     moved = sum(net.bytes for net in atoms.nets if net.is_activation)
     held = most * (int(atoms.saved_bytes.sum()) + moved)
-    return parameters * (1 + problem.gradient_ratio + problem.optimizer_ratio) + held + 2 > limit
+    versions = max(problem.weight_versions(Position(1, d, problem.num_microbatches)) for d in range(1, devices + 1))
+    return parameters * (versions + problem.gradient_ratio + problem.optimizer_ratio) + held + 2 > limit
 
 
 def _disjoint_pairs(problem: PartitionProblem) -> Iterator[tuple[int, int]]:
@@ -86,8 +87,7 @@ def _disjoint_pairs(problem: PartitionProblem) -> Iterator[tuple[int, int]]:
 
 def _transfers(problem: PartitionProblem, atoms: Atoms) -> tuple[list[dict[int, float]], list[float]]:
     """Of every atom: seconds of the nets shared with one other atom alone, and of all its others."""
-    cluster = problem.cluster
-    bandwidth, latency = cluster.link(0, 1) if cluster.num_devices > 1 else (math.inf, 0.0)
+    bandwidth, latency = problem.transfer_link
     inside: list[dict[int, float]] = [{} for _ in range(atoms.count)]
     outside = [0.0] * atoms.count
     for net in atoms.nets:

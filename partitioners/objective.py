@@ -14,10 +14,16 @@ reduce     the ring all-reduce of its gradients (2 (R - 1) / R of the bytes and 
            latencies over the slowest link among its devices), once for all micro-batches or, with
            `reduce_every` "microbatch", after each that the replica runs.
 
-With `overlap` the longer of compute and transfers counts instead of the sum. The objective is
-the largest sum over the stages of any one device. A replica holds
+With transfers "overlapped" the longer of compute and transfers counts instead of the sum. With
+"relayed" a stage but the first costs the longest of three: compute and reduction, the transfers that
+enter it, and those that leave it, of all that passes the cut before or after it for any later stage;
+the first costs compute and reduction, for its sends are counted where they arrive (Narayanan et al.,
+SOSP 2019, as its optimizer does). A reduction over a "server" moves 4 (R - 1) / R of the bytes and
+pays 2 latencies.
 
-    parameters + gradients + optimizer state + in flight * (kept + received activations) + transient
+The objective is the largest sum over the stages of any one device. A replica holds
+
+    versions * parameters + gradients + optimizer state + in flight * (kept + received) + transient
 
 kept       what its layers save for backward, recomputed ones left out, and transient what a run of
            those saves while its backward runs (`pipeflow.partitioners.activations`). Their forward
@@ -29,12 +35,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 from pipeflow.graphs.costs import LayerCosts
 from pipeflow.partitioners.activations import stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
 from pipeflow.partitioners.partition import Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import PartitionProblem, Position, Reduction
+from pipeflow.partitioners.transfers import StageTransfers, stage_transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +87,25 @@ def compute_seconds(layers: Iterable[LayerCosts], device: Device, again: Iterabl
     return math.fsum(seconds + [layer.forward_seconds / by_kind.get(layer.kind, speed) for layer in again])
 
 
-def link_seconds(cluster: Cluster, amount: int, sources: Sequence[int], targets: Sequence[int]) -> float:
-    """Seconds of a message over the slowest link from one set of devices to another."""
-    if len(sources) * len(targets) > 1 and cluster.has_equal_links and not set(sources) & set(targets):
-        return cluster.transfer_seconds(amount, sources[0], targets[0])
-    return max(cluster.transfer_seconds(amount, a, b) for a in sources for b in targets)
-
-
-def reduce_seconds(cluster: Cluster, amount: int, devices: Sequence[int]) -> float:
-    """Seconds of a ring all-reduce of `amount` bytes among the devices."""
+def reduce_seconds(cluster: Cluster, amount: int, devices: Sequence[int], reduction: Reduction = "ring") -> float:
+    """Seconds of an all-reduce of `amount` bytes among the devices."""
     count = len(devices)
     if count < 2 or not amount:
         return 0.0
     pairs = [(devices[0], devices[1])] if cluster.has_equal_links else list(_pairs(devices))
-    return max(_ring_seconds(amount, count, *cluster.link(a, b)) for a, b in pairs)
+    volume, latencies = reduction_volume(count, reduction)
+    return max(volume * amount / bandwidth + latencies * s for bandwidth, s in (cluster.link(a, b) for a, b in pairs))
+
+
+def reduction_volume(count: int, reduction: Reduction) -> tuple[float, int]:
+    """What an all-reduce among `count` replicas moves over a link, for each byte, and its latencies."""
+    if reduction == "server":
+        return 4 * (count - 1) / count, 2 if count > 1 else 0
+    return 2 * (count - 1) / count, 2 * (count - 1)
 
 
 def _pairs(devices: Sequence[int]) -> Iterable[tuple[int, int]]:
     return ((a, b) for k, a in enumerate(devices) for b in devices[k + 1 :])
-
-
-def _ring_seconds(amount: int, count: int, bandwidth: float, latency: float) -> float:
-    return 2 * (count - 1) / count * amount / bandwidth + 2 * (count - 1) * latency
 
 
 def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[StageTerms, ...]:
@@ -110,7 +115,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         stages: all stages, in order; together they hold every layer once.
     """
     costs, cluster = problem.costs, problem.cluster
-    moved, received = _transfers(problem, stages)
+    moved = stage_transfers(problem, stages)
     following = 0
     result: list[StageTerms] = []
     for index in reversed(range(len(stages))):
@@ -119,58 +124,51 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         layers = [costs.layer_by_name[name] for name in stage.layers]
         again = [costs.layer_by_name[name] for name in stage.recompute]
         parameters = sum(layer.parameter_bytes for layer in layers)
-        transfers = math.fsum(moved[index])
-        reduction = reduce_seconds(cluster, parameters, stage.devices)
+        reduction = reduce_seconds(cluster, parameters, stage.devices, problem.reduction)
         computes = [compute_seconds(layers, cluster.devices[d], again) for d in stage.devices]
-        share = problem.share(count)
-        by_device = tuple(
-            share * (max(c, transfers) if problem.overlap else c + transfers) + reduction * problem.reductions(count)
-            for c in computes
-        )
-        in_flight = problem.in_flight(Position(count, following, problem.num_microbatches))
+        by_device = tuple(_replica_seconds(problem, count, c, moved[index], reduction) for c in computes)
+        position = Position(count, following, problem.num_microbatches)
+        in_flight, versions = problem.in_flight(position), problem.weight_versions(position)
         kept, transient = stage_activations(costs, stage)
+        received = sum(moved[index].received_bytes) if problem.holds_received else 0
         result.append(
             StageTerms(
                 compute_seconds=max(computes),
-                transfer_seconds=transfers,
+                transfer_seconds=_beside_compute(problem, moved[index]),
                 reduce_seconds=reduction,
                 seconds=max(by_device),
                 seconds_by_device=by_device,
                 in_flight=in_flight,
-                parameter_bytes=parameters,
+                parameter_bytes=versions * parameters,
                 gradient_bytes=math.ceil(problem.gradient_ratio * parameters),
                 optimizer_bytes=math.ceil(problem.optimizer_ratio * parameters),
-                activation_bytes=in_flight * (kept + received[index]) + (transient if in_flight else 0),
+                activation_bytes=in_flight * (kept + received) + (transient if in_flight else 0),
             )
         )
     return tuple(reversed(result))
 
 
-def _transfers(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[list[list[float]], list[int]]:
-    """Seconds of each message of each stage, and the bytes of the activations that it receives."""
-    costs, cluster = problem.costs, problem.cluster
-    stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage.layers}
-    moved: list[list[float]] = [[] for _ in stages]
-    received = [0] * len(stages)
-    for name, producer in costs.producer_by_tensor.items():
-        source, tensor = stage_of[producer], costs.tensor_by_name[name]
-        readers = costs.consumers_by_tensor[name]
-        learners = {stage_of[r] for r in readers if costs.layer_by_name[r].has_backward}
-        targets = sorted({stage_of[r] for r in readers} - {source})
-        if problem.fan_out == "tensor":
-            targets = list({stages[t].devices: t for t in reversed(targets)}.values())[::-1]
-        for target in targets:
-            received[target] += tensor.bytes
-        for amount, ends in (
-            (tensor.bytes, targets),
-            (tensor.gradient_bytes, [t for t in targets if tensor.gradient_bytes and t in learners]),
-        ):
-            seconds = [link_seconds(cluster, amount, stages[source].devices, stages[t].devices) for t in ends]
-            for target, s in zip(ends, seconds, strict=True):
-                moved[target].append(s)
-            if seconds:
-                moved[source].extend(seconds if problem.fan_out == "stage" else [max(seconds)])
-    return moved, received
+def _beside_compute(problem: PartitionProblem, moved: StageTransfers) -> float:
+    """Seconds of a stage's transfers: both directions, or the longer where each has its own."""
+    if problem.transfers == "relayed":
+        return max(math.fsum(moved.inward), math.fsum(moved.outward))
+    return math.fsum(moved.inward + moved.outward)
+
+
+def _replica_seconds(
+    problem: PartitionProblem, count: int, compute: float, moved: StageTransfers, reduction: float
+) -> float:
+    share, reduced = problem.share(count), reduction * problem.reductions(count)
+    transfers = _beside_compute(problem, moved)
+    match problem.transfers:
+        case "added" | "free":
+            return share * (compute + transfers) + reduced
+        case "overlapped":
+            return share * max(compute, transfers) + reduced
+        case "relayed":
+            return max(share * compute + reduced, share * transfers)
+        case _:
+            assert_never(problem.transfers)
 
 
 def device_seconds(stages: Sequence[Stage], terms: Sequence[StageTerms]) -> dict[int, float]:

@@ -36,6 +36,12 @@ class Position(NamedTuple):
     num_microbatches: int
 
 
+Transfers = Literal["added", "overlapped", "relayed", "free"]
+"""How transfers count beside compute; see `PartitionProblem`."""
+
+Reduction = Literal["ring", "server"]
+"""How replicas reduce their gradients."""
+
 InFlight = Callable[[Position], int]
 """How many micro-batches' activations one replica of a stage holds at once."""
 
@@ -43,6 +49,19 @@ InFlight = Callable[[Position], int]
 def holds_nothing(position: Position) -> int:
     """Activations take no memory: for costs whose sizes already hold all there is."""
     return 0
+
+
+def one_version(position: Position) -> int:
+    """The default: a replica holds its parameters once."""
+    return 1
+
+
+def stashed(position: Position) -> int:
+    """PipeDream's stash: what is in flight beyond a stage, ceil(replicas after it / R).
+
+    Its optimizer counts so many micro-batches' activations, and as many versions of the weights.
+    """
+    return math.ceil((position.num_replicas_from_here - position.num_replicas) / position.num_replicas)
 
 
 def one_forward_one_backward(position: Position) -> int:
@@ -70,14 +89,21 @@ class PartitionProblem:
         max_replicas: at most so many of any stage; 1 forbids replication, None leaves it open.
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
         gradient_ratio: bytes of gradients for each byte of parameters.
-        overlap: whether transfers run while a device computes: then the longer of the two
-            counts, otherwise their sum.
+        transfers: how they count beside compute: "added" to it; "overlapped" with it, so that the
+            longer of the two counts; "relayed", as PipeDream's optimizer counts them: what a later
+            stage reads passes through all stages before it, and what enters a stage, what leaves it
+            and its compute go on at once; or "free", not at all.
+        reduction: how replicas reduce: in a "ring", or over a sharded parameter "server", which moves
+            twice as much over a link.
         reduce_every: when replicas reduce their gradients: once an "iteration", or after each
             "microbatch" of theirs, as asynchronous pipelines do.
         fan_out: what a stage pays to send a tensor that several other stages read: "stage", once
             for each of them; "tensor", once, and a device receives it once for all its stages.
         unordered: layers that the order of the stages does not bind (the backward half of a
             training graph); an edge counts for the order only if neither end is among them.
+        weight_versions: how many copies of its parameters a replica holds: asynchronous schedules
+            stash one for each micro-batch in flight.
+        holds_received: whether a stage holds what it receives beside what its layers save.
         chunks: how many times the stages go round the devices: with more than 1, they are placed as
             interleaved schedules place them, on device 0, 1, ... K - 1, 0, 1, ..., where some turns
             may be left out.
@@ -86,7 +112,8 @@ class PartitionProblem:
 
     Raises:
         PlanError: a count below 1, replicas that contradict the number of stages, pins that name
-            what is not there, or layers on stages or devices where there are several chunks.
+            what is not there, layers on stages or devices where there are several chunks, or
+            transfers that are relayed where stages are not a chain.
     """
 
     costs: GraphCosts
@@ -99,11 +126,14 @@ class PartitionProblem:
     max_replicas: int | None = None
     optimizer_ratio: float = 2.0
     gradient_ratio: float = 1.0
-    overlap: bool = False
+    transfers: Transfers = "added"
+    reduction: Reduction = "ring"
     reduce_every: Literal["iteration", "microbatch"] = "iteration"
     fan_out: Literal["stage", "tensor"] = "stage"
     unordered: frozenset[str] = field(default_factory=frozenset)
     together: tuple[tuple[str, ...], ...] = ()
+    weight_versions: InFlight = one_version
+    holds_received: bool = True
     chunks: int = 1
     pins: Pins = field(default_factory=Pins)
 
@@ -125,6 +155,11 @@ class PartitionProblem:
                 )
             if self.max_replicas is not None and max(self.replicas) > self.max_replicas:
                 raise PlanError(f"replicas={self.replicas}, but max_replicas={self.max_replicas}; raise the limit")
+        if self.transfers == "relayed" and (self.unordered or self.chunks > 1):
+            what = f"chunks={self.chunks}" if self.chunks > 1 else "layers that the order of stages does not bind"
+            raise PlanError(
+                f"transfers='relayed' with {what}; stages that relay are a chain, count transfers as 'added'"
+            )
         count = self.stage_count
         if count is not None and self.max_stages is not None and count > self.max_stages:
             raise PlanError(f"{count} stages are asked for, but max_stages={self.max_stages}; raise the limit")
@@ -173,6 +208,13 @@ class PartitionProblem:
         from pipeflow.partitioners.pinned_atoms import pinned_atoms
 
         return pinned_atoms(self.pins, self.atoms, one_replica=self.replica_limit == 1)
+
+    @property
+    def transfer_link(self) -> tuple[float, float]:
+        """(bandwidth, latency) that transfers pay where links are alike; (inf, 0) where they pay nothing."""
+        if self.transfers == "free" or self.cluster.num_devices == 1:
+            return math.inf, 0.0
+        return self.cluster.link(0, 1)
 
     def reductions(self, num_replicas: int) -> float:
         """How often a replica reduces its gradients, per micro-batch of the batch."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +71,18 @@ class Segments:
         ordered = values[..., list(self.order)].astype(np.float64)
         zero = np.zeros((*ordered.shape[:-1], 1))
         return np.concatenate([zero, np.cumsum(ordered, axis=-1)], axis=-1)
+
+    @cached_property
+    def passing(self) -> tuple[Floats, Floats]:
+        """How many nets pass the cut before each place 0 .. n of the order, and their bytes."""
+        place = {atom: p for p, atom in enumerate(self.order)}
+        count, amount = np.zeros((2, self.atoms.count + 2))
+        for net in self.atoms.nets:
+            ends = [place[atom] for atom in net.ends]
+            for table, value in ((count, 1.0), (amount, float(net.bytes))):
+                table[min(ends) + 1] += value
+                table[max(ends) + 1] -= value
+        return np.cumsum(count)[:-1], np.cumsum(amount)[:-1]
 
     def rows(self) -> Iterator[Row]:
         """Rows of start n - 1, n - 2, ..., 0."""

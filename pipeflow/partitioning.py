@@ -6,11 +6,13 @@ says the result in the units of the file. It neither plans a schedule nor runs a
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import assert_never
 
 from pipeflow.errors import FormatError, Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -20,7 +22,7 @@ from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
-from pipeflow.partitioners.problem import PartitionProblem, holds_nothing
+from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, stashed
 from pipeflow.values import Count, Value
 
 
@@ -61,8 +63,8 @@ def partition(
     replicas: tuple[int, ...] | None = None,
     max_replicas: int | None = None,
     num_microbatches: int | None = None,
-    overlap: bool = False,
     pins: Pins | None = None,
+    transfers: Transfers | None = None,
 ) -> PartitionReport:
     """Cuts a graph into stages for a pipeline, with a proof of how good the cut is.
 
@@ -76,9 +78,11 @@ def partition(
         bandwidth: of every link in bytes per second; by default the file's, or else unlimited.
         latency: of every link in seconds.
         partitioner: a name in `PARTITIONERS`, or a function.
-        num_stages, max_stages, replicas, max_replicas, num_microbatches, overlap: as in
+        num_stages, max_stages, replicas, max_replicas, num_microbatches: as in
             `PartitionProblem`; formats without gradients to reduce allow one replica.
         pins: layers that must be somewhere, together or apart.
+        transfers: how they count beside compute, as in `PartitionProblem`; by default as the format's
+            own planner counts them.
 
     Raises:
         FormatError: the file is not what its format promises, or the format is unknown.
@@ -100,9 +104,9 @@ def partition(
         num_stages=num_stages,
         max_stages=max_stages,
         replicas=replicas,
-        max_replicas=max_replicas if profile.holds_state else 1,
-        overlap=overlap,
         pins=pins or Pins(),
+        max_replicas=1 if profile.memory == "sizes" else max_replicas,
+        transfers=problem.transfers if transfers is None else transfers,
     )
     if isinstance(partitioner, str):
         if partitioner not in PARTITIONERS:
@@ -172,15 +176,42 @@ def problem_of(
         )
     elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
         raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
+    count = num_microbatches or profile.num_microbatches
+    if count is None and profile.reduce_every == "microbatch":
+        # A stream without end: any number of replicas gets equal shares.
+        count = math.lcm(*range(1, cluster.num_devices + 1))
     problem = PartitionProblem(
         costs=profile.costs,
         cluster=cluster,
-        num_microbatches=num_microbatches or profile.num_microbatches or 1,
+        num_microbatches=count or 1,
         unordered=frozenset(profile.unordered),
         fan_out="tensor" if profile.sends_once else "stage",
+        transfers=profile.transfers,
+        reduction=profile.reduction,
+        reduce_every=profile.reduce_every,
+        gradient_ratio=min(1.0, profile.state_ratio),
+        optimizer_ratio=max(0.0, profile.state_ratio - 1),
     )
-    if profile.holds_state:
-        return replace(
-            problem, gradient_ratio=min(1.0, profile.state_ratio), optimizer_ratio=max(0.0, profile.state_ratio - 1)
-        )
-    return replace(problem, in_flight=holds_nothing, gradient_ratio=0.0, optimizer_ratio=0.0, max_replicas=1)
+    match profile.memory:
+        case "training":
+            return problem
+        case "sizes":
+            return replace(
+                problem,
+                in_flight=holds_nothing,
+                gradient_ratio=0.0,
+                optimizer_ratio=0.0,
+                holds_received=False,
+                max_replicas=1,
+            )
+        case "stashes":
+            return replace(
+                problem,
+                in_flight=stashed,
+                weight_versions=stashed,
+                gradient_ratio=0.0,
+                optimizer_ratio=0.0,
+                holds_received=False,
+            )
+        case _:
+            assert_never(profile.memory)

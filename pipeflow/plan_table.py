@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeflow.partitioners.objective import StageTerms, device_seconds, stage_terms
 from pipeflow.partitioners.partition import Stage
-from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.partitioners.problem import PartitionProblem, Transfers
 from pipeflow.schedules import resolve_schedule
 from pipeflow.units import format_bytes, format_seconds
 
@@ -74,14 +74,15 @@ def _terms(plan: Plan) -> tuple[StageTerms, ...]:
     rule, unless only the other agrees with the objective that is certified.
     """
     results = []
-    for overlap in (False, True):
+    rules: tuple[Transfers, ...] = ("added", "overlapped")
+    for transfers in rules:
         problem = PartitionProblem(
             costs=plan.costs,
             cluster=plan.cluster,
             num_microbatches=plan.num_microbatches,
             in_flight=resolve_schedule(plan.schedule).in_flight,
             optimizer_ratio=plan.optimizer_ratio,
-            overlap=overlap,
+            transfers=transfers,
         )
         terms = stage_terms(problem, plan.stages)
         seconds = max(device_seconds(plan.stages, terms).values())

@@ -95,7 +95,7 @@ def plan(
         replicas=None if replicas is None else tuple(replicas),
         max_replicas=max_replicas,
         optimizer_ratio=optimizer_ratio,
-        overlap=overlap,
+        transfers="overlapped" if overlap else "added",
         pins=pins or Pins(),
     )
     search = _Search(

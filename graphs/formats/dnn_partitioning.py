@@ -81,7 +81,7 @@ def _profile(name: str, data: Mapping[str, Any], edge_scale: float) -> Profile:
         bandwidth=BANDWIDTH,
         unordered=tuple(str(node) for node in order if nodes[node]["isBackwardNode"]),
         unsupported=tuple(str(node) for node in order if not nodes[node]["supportedOnFpga"]),
-        holds_state=False,
+        memory="sizes",
         sends_once=True,
         num_microbatches=1,
     )

@@ -61,6 +61,10 @@ def _profile(path: Path, text: str) -> Profile:
         format="pipedream",
         costs=_costs(path.name.split(".")[0], graph, descriptions, values),
         seconds_per_unit=_MILLISECOND,
+        memory="stashes",
+        transfers="free",
+        reduction="server",
+        reduce_every="microbatch",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,8 +27,11 @@ class Profile(Value):
             from transfer times.
         unordered: layers that the order of stages does not bind (backward nodes of a training graph).
         unsupported: layers that the file's accelerators cannot run.
-        holds_state: whether parameters bring gradients and optimizer state, and activations are
-            held; False where the file's sizes are all that a device has to hold.
+        memory: what a device has to hold: parameters with gradients, optimizer state and activations
+            of "training"; the "sizes" in the file and nothing else; or the "stashes" of activations
+            and weights of micro-batches in flight beyond a stage, as PipeDream's optimizer counts.
+        transfers, reduction, reduce_every: how the format's own planner counts transfers and
+            reductions, as in `pipeflow.partitioners.problem`.
         sends_once: whether a producer pays once for all stages that read its output.
         num_microbatches: of a batch, where the file fixes it.
         state_ratio: bytes of gradients and optimizer state for each byte of parameters.
@@ -41,7 +45,10 @@ class Profile(Value):
     bandwidth: float | None = Field(default=None, gt=0)
     unordered: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
-    holds_state: bool = True
+    memory: Literal["training", "sizes", "stashes"] = "training"
+    transfers: Literal["added", "overlapped", "relayed", "free"] = "added"
+    reduction: Literal["ring", "server"] = "ring"
+    reduce_every: Literal["iteration", "microbatch"] = "iteration"
     sends_once: bool = False
     num_microbatches: Count | None = None
     state_ratio: float = Field(default=3.0, ge=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -12,6 +12,7 @@ from pipeflow.cli.pins import pin_options
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.formats import FORMATS
 from pipeflow.partitioners import PARTITIONERS
+from pipeflow.partitioners.problem import Transfers
 from pipeflow.report.table import Table
 
 if TYPE_CHECKING:
@@ -46,7 +47,12 @@ if TYPE_CHECKING:
 )
 @click.option("--max-replicas", type=click.IntRange(min=1), help="At most so many of any stage; 1 forbids them.")
 @click.option("--partitioner", default="auto", show_default=True, help=f"One of {', '.join(PARTITIONERS)}.")
-@click.option("--overlap", is_flag=True, help="Transfers run while a device computes: the longer of both counts.")
+@click.option(
+    "--transfers",
+    type=click.Choice(get_args(Transfers)),
+    help="How they count beside compute: added to it, overlapped with it, relayed from stage to stage beside it, or "
+    "free; by default as the format's own planner counts them.",
+)
 @pin_options
 @json_option
 @click.pass_context
@@ -65,7 +71,7 @@ def command(
     replicas: tuple[int, ...] | None,
     max_replicas: int | None,
     partitioner: str,
-    overlap: bool,
+    transfers: Transfers | None,
     as_json: bool,
     pins: Pins | None,
 ) -> None:
@@ -90,7 +96,7 @@ def command(
             replicas=replicas,
             max_replicas=max_replicas,
             partitioner=partitioner,
-            overlap=overlap,
+            transfers=transfers,
             pins=pins,
         )
     except Infeasible as error:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
 from pipeflow.partitioners.pins import Pin, Pins
-from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward
+from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward, one_version, stashed
 
 _TICK = 2.0**-10
 _UNIT = 1024
@@ -179,13 +179,16 @@ def problems(
         costs=graph,
         cluster=drawn,
         num_microbatches=draw(st.integers(1, 9)),
-        in_flight=draw(st.sampled_from([one_forward_one_backward, in_flight_all])),
+        in_flight=draw(st.sampled_from([one_forward_one_backward, in_flight_all, stashed])),
         num_stages=num_stages,
         max_stages=max_stages,
         replicas=replicas,
         max_replicas=max_replicas,
         optimizer_ratio=draw(st.sampled_from([0.0, 1.0, 2.0])),
-        overlap=draw(st.booleans()),
+        transfers=draw(st.sampled_from(["added", "added", "overlapped", "relayed", "free"])),
+        reduction=draw(st.sampled_from(["ring", "ring", "server"])),
+        weight_versions=draw(st.sampled_from([one_version, one_version, stashed])),
+        holds_received=draw(st.sampled_from([True, True, False])),
         reduce_every=draw(st.sampled_from(["iteration", "iteration", "microbatch"])),
         fan_out=draw(st.sampled_from(["stage", "tensor"])),
         pins=draw(pins(graph, drawn.num_devices)) if pinned else Pins(),

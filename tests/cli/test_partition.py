@@ -66,3 +66,30 @@ def test_pins_that_make_no_sense_are_a_wrong_call(costs_file: Path, option: str,
     done = CliRunner().invoke(cli, ["partition", str(costs_file), "--devices", "2", option, text])
     assert done.exit_code == 2
     assert story in " ".join(done.stderr.split())
+
+
+PIPEDREAM = """node1 -- Input0 -- forward_compute_time=9, backward_compute_time=0, activation_size=64, parameter_size=0
+node2 -- Conv2d(3, 64) -- forward_compute_time=2, backward_compute_time=4, activation_size=1e6, parameter_size=1e6
+node3 -- Linear(64, 8) -- forward_compute_time=1, backward_compute_time=2, activation_size=10, parameter_size=4e6
+\tnode1 -- node2
+\tnode2 -- node3
+"""
+
+
+def test_a_profile_counts_as_its_own_planner_does(tmp_path: Path) -> None:
+    path = tmp_path / "small.graph.txt"
+    path.write_text(PIPEDREAM)
+
+    def milliseconds(*options: str) -> float:
+        arguments = ["partition", str(path), "--format", "pipedream", "--devices", "3", "--bandwidth", "1GB", "--json"]
+        done = CliRunner().invoke(cli, [*arguments, *options])
+        assert done.exit_code == 0, done.output
+        return float(json.loads(done.stdout)["objective"])
+
+    assert milliseconds("--max-replicas", "1") == pytest.approx(6.0)
+    # on 2 replicas 4 * 1/2 * 1 MB / 1 GB/s = 2 ms to reduce: (6 + 2) / 2
+    assert milliseconds() == pytest.approx(4.0)
+    assert milliseconds("--transfers", "relayed") == pytest.approx(4.0)
+    # 1 MB there and back in 2 ms, after 6 ms, or beside them
+    assert milliseconds("--transfers", "added", "--max-replicas", "1") == pytest.approx(8.0)
+    assert milliseconds("--transfers", "overlapped", "--max-replicas", "1") == pytest.approx(6.0)

@@ -11,7 +11,7 @@ from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners.cluster import Cluster, Device, Level
 from pipeflow.partitioners.objective import device_bytes, objective, stage_terms
 from pipeflow.partitioners.partition import Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward
+from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward, stashed
 
 
 def layer(name: str, *inputs: str, seconds: float, out: int = 0, gradient: int = 0, **more: object) -> LayerCosts:
@@ -57,10 +57,52 @@ def test_a_skip_goes_straight_to_each_stage_that_reads_it() -> None:
     assert second.transfer_seconds == pytest.approx(1.5 + 0.6 + 0.7)
     assert third.transfer_seconds == pytest.approx(0.7 + 1.5 + 1.0)
     assert objective(PROBLEM, cut) == pytest.approx(8 + 3.2)
-    assert objective(replace(PROBLEM, overlap=True), cut) == pytest.approx(8.0)
+    assert objective(replace(PROBLEM, transfers="overlapped"), cut) == pytest.approx(8.0)
     once = stage_terms(replace(PROBLEM, fan_out="tensor"), cut)
     assert once[0].transfer_seconds == pytest.approx(1.5 + 1.0 + 0.6)
     assert once[1:] == (second, third)
+
+
+def test_relayed_transfers_run_beside_compute_in_both_directions() -> None:
+    cut = stages(("a", (0,)), ("b", (1, 2)), ("c", (3,)), ("d", (4,)))
+    first, second, third, fourth = stage_terms(replace(PROBLEM, transfers="relayed"), cut)
+    # a passes every cut, for c and d; its gradient comes back from d through all of them: 1.5 + 1.0
+    passing = [1.5 + 1.0, 1.5 + 1.0 + 0.6, 1.5 + 1.0 + 0.7]
+    assert first.transfer_seconds == 0.0  # counted where they arrive
+    assert second.transfer_seconds == pytest.approx(max(passing[0], passing[1]))
+    assert third.transfer_seconds == pytest.approx(max(passing[1], passing[2]))
+    assert fourth.transfer_seconds == pytest.approx(passing[2])
+    assert second.seconds == pytest.approx(passing[1] / 2)
+    assert third.seconds == 4.0
+    free = stage_terms(replace(PROBLEM, transfers="free"), cut)
+    assert [t.seconds for t in free] == pytest.approx([1.0, 2 / 2, 4.0, 8.0])
+
+
+def test_a_server_moves_twice_what_a_ring_does() -> None:
+    cut = stages(("abc", (0, 1, 2)), ("d", (3,)))
+    first = stage_terms(replace(PROBLEM, reduction="server"), cut)[0]
+    assert first.reduce_seconds == pytest.approx(4 * 2 / 3 * 1000 / 100 + 2 * 0.5)
+
+
+def test_stashes_are_held_for_what_is_in_flight_beyond_a_stage() -> None:
+    problem = replace(
+        PROBLEM,
+        in_flight=stashed,
+        weight_versions=stashed,
+        gradient_ratio=0.0,
+        optimizer_ratio=0.0,
+        holds_received=False,
+    )
+    cut = stages(("a", (0, 1)), ("bc", (2,)), ("d", (3, 4)))
+    # 3 replicas after the first stage's 2: 2 micro-batches of 1,000 + 10 bytes; none after the last
+    assert device_bytes(cut, stage_terms(problem, cut)) == {0: 2020, 1: 2020, 2: 0, 3: 0, 4: 0}
+
+
+def test_stages_that_relay_must_be_a_chain() -> None:
+    with pytest.raises(PlanError, match="count transfers as 'added'"):
+        replace(PROBLEM, transfers="relayed", chunks=2)
+    with pytest.raises(PlanError, match="are a chain"):
+        replace(PROBLEM, transfers="relayed", unordered=frozenset("d"))
 
 
 def test_replicas_share_the_micro_batches_and_reduce_once() -> None:

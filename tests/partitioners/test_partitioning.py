@@ -36,7 +36,7 @@ COSTS = GraphCosts(
 @given(problem=problems(cluster=clusters(is_uniform=True)))
 @settings(max_examples=80)
 def test_folding_keeps_the_optimum(problem: PartitionProblem) -> None:
-    problem = replace(problem, max_replicas=1, replicas=None, num_stages=None, overlap=False)
+    problem = replace(problem, max_replicas=1, replicas=None, num_stages=None, transfers="added")
     smaller = fold(problem)
     try:
         before = exhaustive(problem).certificate.objective
