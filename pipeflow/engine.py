@@ -14,26 +14,25 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
 
 from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError
 from pipeflow.execution_plan import Plan
-from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.program import Mode, Send, Step, rank_of
+from pipeflow.program import Mode, Send, Step
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
-from pipeflow.runtime.losses import loss_factors
 from pipeflow.runtime.measurement import Measurement, Recorder
-from pipeflow.runtime.microbatch import microbatch_sizes
+from pipeflow.runtime.microbatch import Batch, MicroBatches, Needs, make_microbatches, needs_of
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.predictions import check_outputs, gather_outputs
 from pipeflow.runtime.prepared import prepare
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
@@ -135,6 +134,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._workers = Workers(ranks, num_threads=num_threads)
         self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
         self._executors: dict[_Job, dict[int, Executor]] = {}
+        self._needs: dict[_Job, Needs] = {}
         self._recorder = Recorder(plan)
         if self._remote is not None:
             self._agree_on_weights(self._remote)
@@ -189,14 +189,21 @@ class Engine(AbstractContextManager["Engine"]):
     def _executor(self, job: _Job) -> dict[int, Executor]:
         """The bound programs of the local ranks; for predictions, cut down to what they need."""
         if job not in self._executors:
-            self._executors[job] = {rank: self._bind(job, rank) for rank in self._workers.ranks}
+            executors = self._executors[job] = {rank: self._bind(job, rank) for rank in self._workers.ranks}
+            required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
+            self._needs[job] = needs_of(self._prepared[job.phase].graph, self._layers(job), required)
         return self._executors[job]
+
+    def _layers(self, job: _Job) -> frozenset[str]:
+        """What runs, on any rank."""
+        graph = self._prepared[job.phase].graph
+        return frozenset(graph.layers) if job.outputs is None else needed_layers(graph, job.outputs)
 
     def _bind(self, job: _Job, rank: int) -> Executor:
         work, phase, outputs = job
         train, prepared = work != "infer", self._prepared[phase]
         graph, program = prepared.graph, prepared.programs[Mode.TRAIN if train else Mode.INFER]
-        layers = frozenset(graph.layers) if outputs is None else needed_layers(graph, outputs)
+        layers = self._layers(job)
         stages = {
             index: StageState(
                 compile_stage(
@@ -247,14 +254,14 @@ class Engine(AbstractContextManager["Engine"]):
 
     # --- running --------------------------------------------------------------------------
 
-    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
+    def accumulate(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Adds a batch's gradients to those of the next `step`: forward and backward alone.
 
         Gradients are summed over replicas once, in that step. Arguments, result and errors as
         `step`; for the mean over K batches, give each call and the step a share of 1 / K.
         """
         self._check_trainable(share, phase)
-        result = self._run(_Job("accumulate", phase), batch, share=share)
+        result = self._run(_Job("accumulate", phase), batch, share=share)[0]
         self._open.accumulated(phase)
         self._calls += 1
         return result
@@ -266,12 +273,15 @@ class Engine(AbstractContextManager["Engine"]):
             raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
         self._open.check(phase)
 
-    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
+    def step(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Trains on one batch: forward, backward, one optimizer step.
 
         Args:
             batch: a tensor for every input that this process's stages read (in one process: for
-                every input), the batch dimension first; any number of samples from 1.
+                every input), the batch dimension first; any number of samples from 1. Or a list of
+                such batches, each a micro-batch with a size and lengths of its own, at most as many as the
+                plan has; losses are means over all of them. What it gives must tell this process the
+                samples and all lengths; inputs that it does not read may be on the meta device.
             share: what its gradients count beside those of `accumulate`d batches.
             phase: which of the graph's phases, where it has any: its losses alone are computed, and
                 only what it trains learns.
@@ -290,7 +300,7 @@ class Engine(AbstractContextManager["Engine"]):
         job = _Job("step", phase)
         start = time.perf_counter()
         try:
-            result = self._run(job, batch, share=share)
+            result = self._run(job, batch, share=share)[0]
         except NonFiniteError:
             self._open.stepped()  # its gradients are let go of
             raise
@@ -302,7 +312,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._calls += 1
         return result
 
-    def evaluate(self, batch: Mapping[str, Tensor], *, phase: str | None = None) -> StepResult:
+    def evaluate(self, batch: Batch, *, phase: str | None = None) -> StepResult:
         """The losses of a batch with the layers in evaluation mode; nothing is trained.
 
         Args:
@@ -313,46 +323,44 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if phase is not None:
             self._open.check_name(phase)
-        return self._run(_Job("infer", phase), batch)
+        return self._run(_Job("infer", phase), batch)[0]
 
-    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
+    @overload
+    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]: ...
+
+    @overload
+    def predict(
+        self, batch: Sequence[Mapping[str, Tensor]], outputs: Iterable[str] | None = None
+    ) -> list[dict[str, Tensor]]: ...
+
+    def predict(
+        self, batch: Batch, outputs: Iterable[str] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Output tensors for a batch, on every rank, with the layers in evaluation mode.
 
         Args:
-            batch: tensors for the inputs that the outputs depend on.
+            batch: tensors for the inputs that the outputs depend on; or a list of micro-batches.
             outputs: names of tensors that layers compute; by default `graph.outputs`.
 
         Returns:
-            By name, the samples in the order of the batch. Errors as `step`.
+            By name, the samples in the order of the batch; for a list of micro-batches, that for each.
+
+        Raises:
+            EngineError: a batch was given whole, and an output does not have the batch as its first
+                dimension. Else as `step`.
         """
         names = tuple(self.graph.outputs if outputs is None else outputs)
-        layers = needed_layers(self.graph, names)
+        check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
         job = _Job("infer", outputs=names)
-        result = self._run(job, batch)
-        executors = self._executor(job)
-        sizes = microbatch_sizes(result.num_samples, self.plan.num_microbatches)
-        producer = {t: n for n in layers for t in self.graph.layers[n].outputs}
-        gathered = {}
-        for name in names:
-            stage = self.plan.stage_by_layer[producer[name]]
-            parts: list[Tensor] = []
-            for m, size in enumerate(sizes):
-                if size:
-                    owner = rank_of(self.plan.placement, stage, m)
-                    kept = executors[owner].state.outputs[name][m] if owner in executors else None
-                    if self._remote is not None:
-                        kept = self._remote.give(kept, name, size, owner)
-                    assert kept is not None
-                    parts.append(kept)
-            gathered[name] = torch.cat([part.to(parts[0].device) for part in parts])
-        return gathered
+        microbatches = self._run(job, batch)[1]
+        states = {rank: executor.state for rank, executor in self._executor(job).items()}
+        return gather_outputs(self.graph, self.plan, names, microbatches, states, self._remote)
 
-    def _run(self, job: _Job, batch: Mapping[str, Tensor], *, share: float = 1.0) -> StepResult:
+    def _run(self, job: _Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
         executors = self._executor(job)
-        num_samples = self._check_batch(batch, executors)
-        sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
+        microbatches = self._check_batch(job, batch)
         train, graph = job.work != "infer", self._prepared[job.phase].graph
 
         def task(rank: int) -> None:
@@ -362,7 +370,7 @@ class Engine(AbstractContextManager["Engine"]):
                     replica.enter(job.phase)
             try:
                 with torch.set_grad_enabled(train):
-                    executors[rank].run(batch, sizes, step=self._step, share=share, draw=self._calls)
+                    executors[rank].run(microbatches, step=self._step, share=share, draw=self._calls)
             except NonFiniteError:
                 raise  # every rank raises it by itself
             except BaseException as error:
@@ -375,17 +383,12 @@ class Engine(AbstractContextManager["Engine"]):
         first = executors[self._workers.ranks[0]]
         weights = {name: graph.layers[name].weight for name in graph.losses}
         verdict = first.state.verdict
-        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip)
+        num_samples = microbatches.cut.num_samples
+        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip), microbatches
 
-    def _check_batch(self, batch: Mapping[str, Tensor], executors: Mapping[int, Executor]) -> int:
-        required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
+    def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:
-            num_samples = check_batch(self.graph.inputs, batch, required=required)
-            sizes = microbatch_sizes(num_samples, self.plan.num_microbatches)
-            for name in self.graph.losses:
-                if self.graph.layers[name].count in required:
-                    loss_factors(self.graph.layers[name], sizes, batch)  # refuses counts that make no mean
-            return num_samples
+            return make_microbatches(self.graph, batch, self.plan.num_microbatches, self._needs[job])
         except BatchError as error:
             if self._remote is not None:
                 self._spread(_batch_failure(error, self._remote.rank, self._step))

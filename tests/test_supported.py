@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import pipeflow as pf
 from pipeflow.errors import PipeflowError
 from pipeflow.testing.graphs import RunningShift
-from tests.runtime.models import THREE_STAGES, bomb_graph, forked_graph, make_plan, sgd
+from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
+from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "supported.md").read_text()
@@ -43,6 +44,33 @@ def chain(*layers: object) -> pf.LayerGraph:
 
 def changes_its_input() -> None:
     chain(nn.ReLU(inplace=True))
+
+
+def two_limits_of_one_length() -> None:
+    graph = pf.LayerGraph("limits")
+    graph.input("x", ("B", pf.Length("time", low=2)))
+    graph.input("y", ("B", pf.Length("time", low=3)))
+
+
+def no_batch_dimension() -> None:
+    graph = pf.LayerGraph("nodes")
+    graph.loss("loss", torch.mean, graph.add("linear", pf.lazy(nn.Linear, 4, 4), graph.input("x", ("nodes", 4))))
+    graph.check()
+
+
+def too_many_microbatches() -> None:
+    graph = forked_graph()
+    pf.Engine(graph, make_plan(graph, THREE_STAGES, num_microbatches=2)).evaluate([forked_batch(1)] * 3)
+
+
+def batch_that_cannot_be_cut() -> None:
+    graph = molecule_model()
+    pf.Engine(graph, make_plan(graph, MOLECULE_STAGES)).evaluate(molecules(3))
+
+
+def outputs_that_cannot_be_joined() -> None:
+    graph = molecule_model()
+    pf.Engine(graph, make_plan(graph, MOLECULE_STAGES)).predict(molecules(3), ["each"])
 
 
 def shape_depends_on_data() -> None:
@@ -119,6 +147,11 @@ def missing_device() -> None:
 
 REFUSED: dict[str, Callable[[], object]] = {
     "a layer that changes its input in place": changes_its_input,
+    "two inputs that say other limits of one length": two_limits_of_one_length,
+    "a graph without a batch dimension": no_batch_dimension,
+    "more micro-batches than the plan has": too_many_microbatches,
+    "cutting a batch along what is not the batch": batch_that_cannot_be_cut,
+    "joining outputs along what is not the batch": outputs_that_cannot_be_joined,
     "a shape that depends on data": shape_depends_on_data,
     "a number of outputs that depends on the batch": as_many_outputs_as_samples,
     "other outputs in evaluation than in training": other_outputs_in_evaluation,

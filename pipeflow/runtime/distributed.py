@@ -4,9 +4,9 @@ One rank is one process. Data, gradient sums and agreement between ranks travel 
 groups of their own, so that none waits behind another. Object collectives are not used: they
 unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
 
-Messages are tagged with the number of samples in the batch, so that ranks which disagree about
-it never take each other's data but wait; a watch on each rank, which costs a step nothing, then
-compares the numbers through the store and breaks the groups [2].
+Messages are tagged with how large the micro-batches are, so that ranks which disagree about that
+never take each other's data but wait; a watch on each rank, which costs a step nothing, then
+compares what they have through the store and breaks the groups [2].
 
 When a rank fails it writes what happened to the store and breaks its groups; its peers' waits
 then raise within milliseconds, they read the record, and break theirs in turn. gloo has no call
@@ -36,6 +36,7 @@ from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
+from pipeflow.runtime.microbatch import Cut, LengthPairs, even_cut
 from pipeflow.runtime.transport import Aborted, Payload
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
@@ -43,6 +44,7 @@ _ABORT_TAG = (1 << 31) - 1
 _SHARE_TAG = 0
 _DIRECT_RANKS = 8  # up to so many ranks share losses directly, more by an all-reduce
 _WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
+_REMEMBERED = 1 << 16  # shapes that are kept; then all are worked out anew
 _RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
 
 
@@ -181,13 +183,13 @@ class DistributedTransport:
         self._reduce = {s: dist.new_group(sorted(r), backend=backend) for s, r in enumerate(placement) if len(r) > 1}
         self._world = shared or dist.new_group(backend=backend)
         self._channels: dict[int, _Channel] = {}
-        self._sizes: Sequence[int] = ()
+        self._cut = even_cut(0, 1)
         self._tag = 0
         self._step = 0
         self._started: float | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name=f"pipeflow-watch-{self.rank}", daemon=True).start()
-        self._layouts: dict[tuple[str, int], tuple[tuple[int, ...], torch.dtype, int]] = {}
+        self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
         self._sent: dict[int, deque[_Sent]] = {}
 
     def _check_digest(self, digest: str) -> None:
@@ -204,18 +206,20 @@ class DistributedTransport:
 
     # --- payloads -------------------------------------------------------------------------
 
-    def _layout(self, name: str, size: int) -> tuple[tuple[int, ...], torch.dtype, int]:
-        """(shape, dtype, elements) of a payload entry for a micro-batch of `size` samples."""
-        key = (name, size)
+    def _layout(self, name: str, microbatch: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of a payload entry for a micro-batch of the step."""
+        size, lengths = self._cut.sizes[microbatch], self._cut.lengths[microbatch]
+        key = (name, size, lengths)
         if key not in self._layouts:
+            if len(self._layouts) >= _REMEMBERED:
+                self._layouts.clear()
             spec = self._specs[name.partition("#")[0]]
-            shape = spec.shape_at(size)
-            self._layouts[key] = (shape, getattr(torch, spec.dtype), torch.Size(shape).numel())
+            self._layouts[key] = (spec.shape_at(size, dict(lengths)), getattr(torch, spec.dtype))
         return self._layouts[key]
 
-    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
-        self._sizes = tuple(sizes)
-        self._tag = sum(sizes)
+    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
+        self._cut = cut
+        self._tag = cut.tag
         self._step += 1
         self._started = time.monotonic()
         self._channels = {}
@@ -226,25 +230,25 @@ class DistributedTransport:
                 self._post(channel)
 
     def _watch(self) -> None:
-        """[2] in a thread of its own: says how large this rank's batch is once a step takes long."""
+        """[2] in a thread of its own: says what this rank's micro-batches are once a step takes long."""
         published = -1
         while not self._closed.wait(_WATCH_INTERVAL):
-            step, num_samples, started = self._step, self._tag, self._started
+            step, mine, started = self._step, str(self._cut), self._started
             if started is None or time.monotonic() - started < _WATCH_INTERVAL:
                 continue
-            key = f"samples of step {step} on rank "
+            key = f"micro-batches of step {step} on rank "
             with suppress(RuntimeError):
                 if published != step:
-                    self._store.set(f"{key}{self.rank}", str(num_samples))
+                    self._store.set(f"{key}{self.rank}", mine)
                     published = step
-                if self._store.check([f"{key}0"]) and int(self._store.get(f"{key}0")) != num_samples:
-                    self._disagree(step, num_samples, int(self._store.get(f"{key}0")))
+                if self._store.check([f"{key}0"]) and (others := self._store.get(f"{key}0").decode()) != mine:
+                    self._disagree(step, mine, others)
                     return
 
-    def _disagree(self, step: int, num_samples: int, others: int) -> None:
+    def _disagree(self, step: int, mine: str, others: str) -> None:
         message = (
-            f"BatchError: the batch has {num_samples} samples on rank {self.rank} and {others} on rank 0; every rank "
-            "must be given the same batch"
+            f"BatchError: the batch has {mine} on rank {self.rank} and {others} on rank 0; every rank must be given "
+            "the same batch"
         )
         self.report(
             LayerFailure(
@@ -258,14 +262,13 @@ class DistributedTransport:
         receive = channel.waiting.popleft()
         group = self._data[receive.peer, self.rank]
         peer = dist.get_group_rank(group, receive.peer)
-        size = self._sizes[receive.microbatch]
-        if not size:
+        if not self._cut.sizes[receive.microbatch]:
             empty = torch.empty(1, device=self._device)
             channel.posted.append(([group.recv([empty], peer, self._tag)], None))
             return
         tensors = []
         for name in receive.route.payload:
-            shape, dtype, _ = self._layout(name, size)
+            shape, dtype = self._layout(name, receive.microbatch)
             tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
         channel.posted.append(([group.recv([t], peer, self._tag) for t in tensors], tensors))
 
@@ -299,9 +302,8 @@ class DistributedTransport:
             if payload is None:
                 tensors = [torch.empty(1, device=self._device)]
             else:
-                size = self._sizes[microbatch]
                 for name, tensor in zip(route.payload, payload, strict=True):
-                    shape, dtype, _ = self._layout(name, size)
+                    shape, dtype = self._layout(name, microbatch)
                     if tensor.shape != shape or tensor.dtype != dtype:
                         raise EngineError(
                             f"tensor {name!r} is {tensor.dtype} of {tuple(tensor.shape)}, but {dtype} of {shape} by "
@@ -371,9 +373,9 @@ class DistributedTransport:
         """Gives all replicas of a stage the tensor of its first, in place."""
         dist.broadcast(tensor.detach(), self._placement[stage][0], group=self._reduce[stage])
 
-    def give(self, tensor: Tensor | None, name: str, size: int, owner: int) -> Tensor:
-        """Gives every rank a tensor of the graph for `size` samples that rank `owner` has."""
-        shape, dtype, _ = self._layout(name, size)
+    def give(self, tensor: Tensor | None, name: str, microbatch: int, owner: int) -> Tensor:
+        """Gives every rank a tensor of the graph that rank `owner` has, of a micro-batch of the last step."""
+        shape, dtype = self._layout(name, microbatch)
         return self.give_shaped(tensor, shape, dtype, owner)
 
     def give_shaped(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, owner: int) -> Tensor:

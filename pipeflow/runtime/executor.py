@@ -17,12 +17,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from pipeflow.errors import LayerFailure, NonFiniteError
+from pipeflow.errors import BatchError, LayerFailure, NonFiniteError
 from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.failures import failed_backward
 from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
-from pipeflow.runtime.losses import loss_table, read_losses
+from pipeflow.runtime.losses import loss_table, read_losses, same_batch
+from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.transport import Aborted, Transport
 
@@ -109,7 +110,7 @@ class Executor:
 
     def _start_share(self) -> None:
         state = self.state
-        table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches)
+        table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches, state.cut.tag)
         if self._policy.needs_norms:
             norms = torch.tensor(gradient_norms(self._owned, self._names), dtype=torch.float64)
             table = torch.cat([table, norms])
@@ -120,6 +121,11 @@ class Executor:
         table, graph = self._wait_share(), self.state.graph
         self._wait_share = None
         self.losses = read_losses(graph, table, self.state.num_microbatches)
+        if not same_batch(table, len(graph.losses) * self.state.num_microbatches, self.state.cut.tag):
+            raise BatchError(
+                f"the batch has {self.state.cut} on rank {self._rank}, and another rank was given a batch of another "
+                "size; every rank must be given the same"
+            )
         if self._policy.needs_norms:
             norms = table[len(table) - len(self._names) :].tolist()
             self.state.verdict = decide(self._policy, norms, self._names, self.losses, self._step)
@@ -128,13 +134,10 @@ class Executor:
         for stage in self.state.stages.values():
             apply(self._policy, self.state.verdict, stage.replica.parameters.values())
 
-    def run(
-        self, batch: Mapping[str, Tensor], sizes: Sequence[int], *, step: int, share: float = 1.0, draw: int = 0
-    ) -> None:
-        """Runs the program on one batch, which `check_batch` has passed.
+    def run(self, batch: MicroBatches, *, step: int, share: float = 1.0, draw: int = 0) -> None:
+        """Runs the program on one batch.
 
         Args:
-            sizes: samples of each micro-batch.
             step: optimizer steps taken before.
             share: what the batch's gradients count among those of several batches.
             draw: which call this is, for random layers.
@@ -148,8 +151,8 @@ class Executor:
         self.spans = []
         position = -1
         try:
-            self.state.begin(batch, sizes, share=share, draw=draw)
-            self.transport.begin(self._receives, sizes)
+            self.state.begin(batch, share=share, draw=draw)
+            self.transport.begin(self._receives, batch.cut)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()
             self._wait_statistics()
@@ -192,6 +195,8 @@ class Executor:
                 phase, layer = "backward", failed_backward(self.state, stage, microbatch, error)
         elif isinstance(action, Step):
             stage, phase = action.stage, "optimizer"
+        elif isinstance(error, BatchError):
+            phase = "batch"
         self.state.clear()
         raise LayerFailure(
             rank=self._rank,

@@ -17,13 +17,13 @@ from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 
 
-def loss_factors(loss: Layer, sizes: Sequence[int], batch: Mapping[str, Tensor]) -> list[float]:
+def loss_factors(loss: Layer, sizes: Sequence[int], counted: Sequence[Tensor | None] = ()) -> list[float]:
     """What each micro-batch's loss counts in the batch's: its share of samples or of counts, or 1 for a sum.
 
     Args:
         loss: the loss layer.
         sizes: samples of each micro-batch.
-        batch: has the loss's `count` input, if it has one.
+        counted: each micro-batch's part of the loss's `count` input, if it has one.
 
     Raises:
         BatchError: the counts of the batch are negative, not finite or all 0.
@@ -32,7 +32,7 @@ def loss_factors(loss: Layer, sizes: Sequence[int], batch: Mapping[str, Tensor])
         return [1.0] * len(sizes)
     if loss.count is None:
         return [size / sum(sizes) for size in sizes]
-    counts = [float(part.double().sum()) for part in torch.split(batch[loss.count], list(sizes))]
+    counts = [0.0 if part is None else float(part.double().sum()) for part in counted]
     total = sum(counts)
     if not (min(counts) >= 0 and 0 < total < float("inf")):
         raise BatchError(
@@ -47,22 +47,32 @@ def loss_table(
     values: Mapping[str, Sequence[Tensor | None]],
     factors: Mapping[str, Sequence[float]],
     num_microbatches: int,
+    tag: int,
 ) -> Tensor:
     """What one rank gives to the sum: each micro-batch's part in a loss, zero for those it did not compute.
+
+    After these come the batch's tag and a one, by which `same_batch` tells whether all ranks had the same.
 
     Args:
         values: for each loss that this rank computes, its value on each micro-batch or None.
         factors: what each counts.
+        tag: of the batch that this rank was given.
 
     Returns:
-        float64 of losses * micro-batches elements, on the CPU.
+        float64 of losses * micro-batches + 2 elements, on the CPU.
     """
     row = [0.0] * (len(graph.losses) * num_microbatches)
     for index, name in enumerate(graph.losses):
         for m, value in enumerate(values.get(name, ())):
             if value is not None and factors[name][m]:
                 row[index * num_microbatches + m] = float(value) * factors[name][m]
-    return torch.tensor(row, dtype=torch.float64)
+    return torch.tensor([*row, tag, 1.0], dtype=torch.float64)
+
+
+def same_batch(table: Tensor, position: int, tag: int) -> bool:
+    """Whether the tags that were added up at `position` are all `tag`, as far as a sum tells."""
+    total, num_ranks = table[position : position + 2].tolist()
+    return bool(total == num_ranks * tag)
 
 
 def read_losses(graph: LayerGraph, table: Tensor, num_microbatches: int) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import Verdict
 from pipeflow.runtime.losses import loss_factors
-from pipeflow.runtime.microbatch import split
+from pipeflow.runtime.microbatch import MicroBatches, even_cut
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots
 
@@ -69,6 +69,7 @@ class RankState:
         device: where the batch goes.
 
     Attributes:
+        cut: how large its micro-batches are.
         sizes: samples of each micro-batch.
         offsets: the first sample of each.
         feed: the micro-batches of each input that is read here.
@@ -94,8 +95,9 @@ class RankState:
         self.required_inputs = self.read_inputs.union(counts)
         self.sizes = [0] * num_microbatches
         self.offsets = [0] * num_microbatches
-        self.feed: dict[str, tuple[Tensor, ...]] = {}
-        self.factors: dict[str, list[float]] = {}
+        self.cut = even_cut(0, num_microbatches)
+        self.feed: dict[str, Sequence[Tensor | None]] = {}
+        self.factors: dict[str, Sequence[float]] = {}
         self.seeds: dict[str, list[Tensor]] = {}
         self.losses: dict[str, list[Tensor | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
@@ -114,25 +116,25 @@ class RankState:
             stage.live = [None] * self.num_microbatches
             stage.finish_reduce = stage.finish_statistics = None
 
-    def begin(self, batch: Mapping[str, Tensor], sizes: Sequence[int], *, share: float, draw: int) -> None:
-        """Takes a batch that `check_batch` has passed, cut into `sizes`.
+    def begin(self, batch: MicroBatches, *, share: float, draw: int) -> None:
+        """Takes a batch.
 
         Args:
             share: what its gradients count among those of several batches.
             draw: which call this is, for random layers.
         """
-        offset = 0
-        for m, size in enumerate(sizes):
-            self.sizes[m] = size
-            self.offsets[m] = offset
-            offset += size
-        cut = tuple(sizes)
+        cut = batch.cut
+        self.cut = cut
+        self.sizes[:] = cut.sizes
+        self.offsets[:] = cut.offsets
         for name in self.read_inputs:
-            self.feed[name] = split(batch[name].to(self.device, non_blocking=True), cut)
+            self.feed[name] = batch.parts(name, self.device)
         for loss in self._losses:
-            if loss.count is not None or (cut, share) != self._seeds_key:
-                self._make_seeds(loss, loss_factors(loss, cut, batch), share)
-        self._seeds_key = (cut, share)
+            if loss.count is not None:
+                self._make_seeds(loss, batch.factors[loss.name], share)
+            elif (cut.sizes, share) != self._seeds_key:
+                self._make_seeds(loss, loss_factors(loss, cut.sizes), share)
+        self._seeds_key = (cut.sizes, share)
         self.outputs = {}
         self.verdict = Verdict()
         for stage in self.stages.values():
@@ -143,7 +145,7 @@ class RankState:
             if stage.replica.statistics is not None:
                 stage.replica.statistics.begin(self.graph.layers)
 
-    def _make_seeds(self, loss: Layer, factors: list[float], share: float) -> None:
+    def _make_seeds(self, loss: Layer, factors: Sequence[float], share: float) -> None:
         dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)
         self.factors[loss.name] = factors
         self.seeds[loss.name] = [

@@ -8,23 +8,23 @@ no stages, no program, no transport.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from pipeflow.errors import EngineError, NonFiniteError
-from pipeflow.graphs.batch import check_batch
 from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.losses import add_parts, loss_factors
-from pipeflow.runtime.microbatch import microbatch_sizes, split
+from pipeflow.runtime.microbatch import Batch, MicroBatches, make_microbatches, needs_of
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.predictions import arrange_outputs, check_outputs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
@@ -83,7 +83,7 @@ class Reference:
                     readers[tensor] = readers.get(tensor, 0) + 1
         self._viewed = {t for t, n in readers.items() if n > 1 and t in graph.differentiable}
 
-    def accumulate(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
+    def accumulate(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Adds a batch's gradients to those of the next step. As `pipeflow.Engine.accumulate`."""
         if not self._has_optimizer:
             raise EngineError("this reference has no optimizer and cannot train; pass optimizer=")
@@ -101,7 +101,7 @@ class Reference:
         needed = needed_layers(self.graph, self.graph.phases[phase].losses)
         return tuple(name for name in self.graph.layers if name in needed)
 
-    def step(self, batch: Mapping[str, Tensor], *, share: float = 1.0, phase: str | None = None) -> StepResult:
+    def step(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:
         """Trains on one batch. Arguments and errors as `pipeflow.Engine.step`."""
         result = self.accumulate(batch, share=share, phase=phase)
         self._open.stepped()
@@ -122,39 +122,53 @@ class Reference:
         self._step += 1
         return replace(result, gradient_norm=verdict.norm, skipped=verdict.skip)
 
-    def evaluate(self, batch: Mapping[str, Tensor], *, phase: str | None = None) -> StepResult:
+    def evaluate(self, batch: Batch, *, phase: str | None = None) -> StepResult:
         """The losses of a batch in evaluation mode, without training."""
         with torch.no_grad():
             return self._run(batch, self._layers(phase), train=False)[0]
 
-    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Output tensors for a batch, in evaluation mode; by default the graph's outputs."""
+    @overload
+    def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]: ...
+
+    @overload
+    def predict(
+        self, batch: Sequence[Mapping[str, Tensor]], outputs: Iterable[str] | None = None
+    ) -> list[dict[str, Tensor]]: ...
+
+    def predict(
+        self, batch: Batch, outputs: Iterable[str] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Output tensors for a batch, in evaluation mode. As `pipeflow.Engine.predict`."""
         names = tuple(self.graph.outputs if outputs is None else outputs)
         layers = needed_layers(self.graph, names)
+        check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
         with torch.no_grad():
-            kept = self._run(batch, tuple(n for n in self.graph.layers if n in layers), train=False, keep=names)[1]
-        return {name: torch.cat(parts) for name, parts in kept.items()}
+            kept, microbatches = self._run(
+                batch, tuple(n for n in self.graph.layers if n in layers), train=False, keep=names
+            )[1:]
+        return arrange_outputs(self.graph, kept, microbatches)
 
     def _run(
         self,
-        batch: Mapping[str, Tensor],
+        batch: Batch,
         layers: tuple[str, ...],
         *,
         train: bool,
         keep: tuple[str, ...] = (),
         share: float = 1.0,
-    ) -> tuple[StepResult, dict[str, list[Tensor]]]:
+    ) -> tuple[StepResult, dict[str, list[Tensor | None]], MicroBatches]:
         graph = self.graph
-        required = required_inputs(graph, layers)
         read = read_inputs(graph, layers)
-        num_samples = check_batch(graph.inputs, batch, required=required)
-        sizes = microbatch_sizes(num_samples, self.num_microbatches)
-        feed = {name: split(batch[name].to(self._device), sizes) for name in read}
+        needs = needs_of(graph, layers, required_inputs(graph, layers))
+        microbatches = make_microbatches(graph, batch, self.num_microbatches, needs)
+        sizes = microbatches.cut.sizes
+        feed = {name: microbatches.parts(name, self._device) for name in read}
         self._replica.train(train)
         losses = [name for name in graph.losses if name in layers]
-        factors = {name: loss_factors(graph.layers[name], sizes, batch) for name in losses}
+        factors: dict[str, Sequence[float]] = dict(microbatches.factors)
+        factors |= {name: loss_factors(graph.layers[name], sizes) for name in losses if name not in factors}
         parts: dict[str, list[float]] = {name: [] for name in losses}
-        kept: dict[str, list[Tensor]] = {name: [] for name in keep}
+        kept: dict[str, list[Tensor | None]] = {name: [None] * len(sizes) for name in keep}
         first_sample = 0
         for m, size in enumerate(sizes):
             if not size:
@@ -164,7 +178,7 @@ class Reference:
             first_sample += size
             values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
             for name in keep:
-                kept[name].append(values[name].detach())
+                kept[name][m] = values[name].detach()
             roots = {name: values[graph.layers[name].outputs[0]] for name in losses}
             counted = {name: value for name, value in roots.items() if factors[name][m]}
             for name, value in counted.items():
@@ -175,7 +189,7 @@ class Reference:
                 torch.autograd.backward([roots[n] for n in trained], seeds)
         totals = {name: add_parts(values) for name, values in parts.items()}
         weights = {name: graph.layers[name].weight for name in losses}
-        return StepResult(num_samples, totals, weights), kept
+        return StepResult(sum(sizes), totals, weights), kept, microbatches
 
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
         for name in layers:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeflow.program import Placement, Receive, Route
+from pipeflow.runtime.microbatch import Cut
 from pipeflow.runtime.transport import Aborted, Payload
 
 _STOP = object()
@@ -115,7 +116,7 @@ class ThreadTransport:
         self._rank = rank
         self._device = device
 
-    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
+    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
         pass
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeflow.program import Receive, Route
+from pipeflow.runtime.microbatch import Cut
 
 Payload = Sequence[Tensor] | None
 """The tensors of a route, in its order; None for an empty micro-batch."""
@@ -25,8 +26,8 @@ class Aborted(Exception):
 class Transport(Protocol):
     """One rank's end of the communication."""
 
-    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None:
-        """A step starts: what this rank will receive, in order, and the samples of each micro-batch."""
+    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
+        """A step starts: what this rank will receive, in order, and how large the micro-batches are."""
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         """A function that posts (micro-batch, payload) to `peer`. It never waits for the peer."""

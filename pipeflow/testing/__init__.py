@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeflow.testing.drawn_batches import sequence_graphs, training_batches
     from pipeflow.testing.drawn_options import training_options
     from pipeflow.testing.drawn_plans import check_program, plans
     from pipeflow.testing.drawn_problems import clusters, costs, problems
@@ -34,6 +35,8 @@ _HOME = {
     "plans": "drawn_plans",
     "problems": "drawn_problems",
     "run_ranks": "processes",
+    "sequence_graphs": "drawn_batches",
+    "training_batches": "drawn_batches",
     "training_options": "drawn_options",
     "unit_costs": "made_up_costs",
 }
@@ -51,6 +54,8 @@ __all__ = [
     "plans",
     "problems",
     "run_ranks",
+    "sequence_graphs",
+    "training_batches",
     "training_options",
     "unit_costs",
 ]

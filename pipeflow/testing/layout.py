@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeflow.engine import Engine
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.microbatch import Batch
 from pipeflow.runtime.reference import Reference
 from pipeflow.runtime.replica import OptimizerFactory
 
@@ -20,7 +21,7 @@ Trajectory = tuple[list[dict[str, float]], dict[str, Tensor]]
 
 def train_reference(
     graph: LayerGraph,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     optimizer: OptimizerFactory,
     *,
     num_microbatches: int,
@@ -38,7 +39,7 @@ def train_reference(
 def train_plan(
     graph: LayerGraph,
     plan: Plan,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     optimizer: OptimizerFactory,
     *,
     seed: int = 0,
@@ -52,9 +53,7 @@ def train_plan(
         return losses, engine.state_dict()
 
 
-def _train(
-    trainer: Engine | Reference, batches: Sequence[Mapping[str, Tensor]], num_accumulated: int
-) -> list[dict[str, float]]:
+def _train(trainer: Engine | Reference, batches: Sequence[Batch], num_accumulated: int) -> list[dict[str, float]]:
     """The losses of every batch; after each `num_accumulated` without a step comes one with."""
     losses = []
     for i, batch in enumerate(batches):
@@ -88,7 +87,7 @@ def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: f
 def check_layout_invariance(
     graph: LayerGraph,
     plan: Plan,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     *,
     optimizer: OptimizerFactory | None = None,
     seed: int = 0,
@@ -104,7 +103,7 @@ def check_layout_invariance(
     Args:
         graph: the model. Use float64 with several replicas.
         plan: for it.
-        batches: training steps to take, of any sizes.
+        batches: training steps to take, of any sizes, each whole or in micro-batches.
         optimizer: by default SGD with momentum; with several replicas in small steps, so that
             rounding is not blown up, and else in larger ones, so that a gradient's last bit shows.
         num_accumulated: batches whose gradients are only added up, before each that steps.

@@ -13,6 +13,7 @@ import pipeflow as pf
 from pipeflow.flows import flows
 from pipeflow.program import Compute, Direction, Free, Kind, Receive, Route, Send
 from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.microbatch import Cut, MicroBatches, even_cut
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import compile_stage
@@ -23,7 +24,7 @@ from pipeflow.testing import unit_costs
 class Network:
     """A transport that forgets what it sends, and receives ones."""
 
-    def begin(self, receives: Sequence[Receive], sizes: Sequence[int]) -> None: ...
+    def begin(self, receives: Sequence[Receive], cut: Cut) -> None: ...
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         def send(microbatch: int, payload: Payload) -> None:
@@ -79,7 +80,7 @@ def alive_after(function: Callable[[Tensor], Tensor]) -> tuple[list[bool], Tenso
         keep=(),
         train=True,
     )
-    state.begin({"x": torch.ones(2, 4)}, [2], share=1.0, draw=0)
+    state.begin(MicroBatches(even_cut(2, 1), {"x": torch.ones(2, 4)}), share=1.0, draw=0)
 
     def do(*actions: Any) -> None:
         for action in actions:

@@ -16,8 +16,16 @@ from hypothesis import strategies as st
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, EngineError, LayerFailure, PipeflowError, PlanMismatch
-from pipeflow.testing import check_layout_invariance, layer_graphs, plans, run_ranks, training_options, unit_costs
-from pipeflow.testing.graphs import sample_batch
+from pipeflow.testing import (
+    check_layout_invariance,
+    layer_graphs,
+    plans,
+    run_ranks,
+    sequence_graphs,
+    training_batches,
+    training_options,
+    unit_costs,
+)
 from tests.runtime.models import (
     THREE_STAGES,
     bomb_batch,
@@ -42,13 +50,13 @@ def drawn_cases(rank: int, num_ranks: int, num_cases: int, max_replicas: int) ->
     @settings(max_examples=num_cases, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
     def law(data: st.DataObject) -> None:
         nonlocal checked
-        graph = data.draw(layer_graphs(dtype=dtype, allow_random=True, allow_shared=True, allow_buffers=True))
+        regular = layer_graphs(dtype=dtype, allow_random=True, allow_shared=True, allow_buffers=True)
+        graph = data.draw(st.one_of(regular, regular, sequence_graphs(dtype=dtype)))
         plan = data.draw(
             plans(unit_costs(graph), max_ranks=num_ranks, max_replicas=max_replicas, graph_digest=graph.digest)
         )
-        sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=2))
         assume(plan.num_ranks == num_ranks)
-        batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(sizes)]
+        batches = data.draw(training_batches(graph, plan.num_microbatches, max_steps=2))
         check_layout_invariance(graph, plan, batches, options=data.draw(training_options(graph)))
         checked += 1
 
