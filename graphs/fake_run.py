@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeflow.graphs.calling import read_results
 from pipeflow.graphs.layer import Source, kind_of
 from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.norms import norm_calls
+from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import Trial
 
@@ -93,13 +94,17 @@ def run(
     inputs: Sequence[TensorSpec],
     arguments: Nest,
     trial: Trial,
+    numerics: Numerics | None = None,
 ) -> Run:
     """One training forward on fake tensors of the sizes to try."""
     buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
     before = {n: b._version for n, b in buffers.items()}
     # A module may already be on an accelerator; without data its inputs can be there too.
     device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
-    with torch.enable_grad(), mode, norm_calls(function) as calls, _Watch() as watch:
+    if numerics is not None:
+        device = torch.device(numerics.device)
+    autocast = nullcontext() if numerics is None else numerics.context()
+    with torch.enable_grad(), autocast, mode, norm_calls(function) as calls, _Watch() as watch:
         tensors = [_fake(spec, trial, device) for spec in inputs]
         versions = [t._version for t in tensors]
         watch.is_random = False

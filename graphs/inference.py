@@ -23,6 +23,7 @@ from pipeflow.graphs.building import make_module
 from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.layer import Function, Instance, Lazy, Source
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
+from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.randomness import isolated
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import FIXED_LENGTHS, Trial, fit
@@ -68,6 +69,7 @@ def infer(
     inputs: Sequence[TensorSpec],
     arguments: Nest,
     trials: Sequence[Trial] = FIXED_LENGTHS,
+    numerics: Numerics | None = None,
 ) -> Inferred:
     """Runs the layer without data.
 
@@ -77,6 +79,7 @@ def infer(
         inputs: the tensors it is called with.
         arguments: the template of (args, kwargs) over them.
         trials: sizes to try, the first two with the same lengths.
+        numerics: the types it computes in, where these are not its own.
 
     Raises:
         ShapeError: the layer does not take those shapes or dtypes; or its output's shape
@@ -86,10 +89,10 @@ def infer(
     """
     default = torch.get_default_dtype()
     try:
-        key = (default, tuple(inputs), tuple(trials), _key(source), _key(arguments))
-        return _answer(_Question(key, name, source, tuple(inputs), arguments, tuple(trials)))
+        key = (default, numerics, tuple(inputs), tuple(trials), _key(source), _key(arguments))
+        return _answer(_Question(key, name, source, tuple(inputs), arguments, tuple(trials), numerics))
     except _NoKey:
-        return _answer_anew(_Question((), name, source, tuple(inputs), arguments, tuple(trials)))
+        return _answer_anew(_Question((), name, source, tuple(inputs), arguments, tuple(trials), numerics))
 
 
 def run_shapes(
@@ -152,6 +155,7 @@ class _Question:
     inputs: tuple[TensorSpec, ...] = field(compare=False)
     arguments: Nest = field(compare=False)
     trials: tuple[Trial, ...] = field(compare=False)
+    numerics: Numerics | None = field(compare=False, default=None)
 
 
 def _without_data(question: _Question, use: Callable[[_Question, Callable[..., Any], FakeTensorMode], T]) -> T:
@@ -190,8 +194,12 @@ _answer = lru_cache(maxsize=1024)(_answer_anew)
 
 def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMode) -> Inferred:
     name, source, trials = question.name, question.source, question.trials
-    module = function if isinstance(function, nn.Module) else nn.Module()
-    runs = [run(name, source, function, mode, question.inputs, question.arguments, trial) for trial in trials]
+    module, numerics = function if isinstance(function, nn.Module) else nn.Module(), question.numerics
+    if numerics is not None and module is function:
+        with mode:
+            numerics.as_run(module)
+    given = (question.inputs, question.arguments)
+    runs = [run(name, source, function, mode, *given, trial, numerics) for trial in trials]
     first = runs[0]
     for trial, other in zip(trials, runs, strict=True):
         if not alike(first.results, other.results):
@@ -229,7 +237,9 @@ def _check_evaluation(question: _Question, module: nn.Module, mode: FakeTensorMo
     """Refuses a module that gives something of another form or shape in evaluation than in training."""
     name, source, trial = question.name, question.source, question.trials[0]
     try:
-        evaluation = run(name, source, module.eval(), mode, question.inputs, question.arguments, trial)
+        evaluation = run(
+            name, source, module.eval(), mode, question.inputs, question.arguments, trial, question.numerics
+        )
     except GraphError:
         return  # it cannot be known without data; whoever evaluates is told then
     finally:

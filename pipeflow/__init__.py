@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeflow.partitioning import partition
     from pipeflow.planner import plan
     from pipeflow.recipe import Recipe
+    from pipeflow.runtime.precision import LossScale, Precision
     from pipeflow.runtime.reference import Reference
     from pipeflow.runtime.result import StepResult
     from pipeflow.schedules import SCHEDULES
@@ -42,6 +43,7 @@ _HOME = {
     "Length": "pipeflow.graphs",
     "Level": "pipeflow.partitioners.cluster",
     "Link": "pipeflow.partitioners.cluster",
+    "LossScale": "pipeflow.runtime.precision",
     "Mesh": "pipeflow.partitioners.partition",
     "PARTITIONERS": "pipeflow.partitioners",
     "Partition": "pipeflow.partitioners.partition",
@@ -49,6 +51,7 @@ _HOME = {
     "Pin": "pipeflow.partitioners.pins",
     "Pins": "pipeflow.partitioners.pins",
     "Plan": "pipeflow.execution_plan",
+    "Precision": "pipeflow.runtime.precision",
     "Proof": "pipeflow.verifier",
     "Recipe": "pipeflow.recipe",
     "Reference": "pipeflow.runtime.reference",
@@ -80,12 +83,14 @@ __all__ = [
     "Length",
     "Level",
     "Link",
+    "LossScale",
     "Mesh",
     "Partition",
     "PartitionProblem",
     "Pin",
     "Pins",
     "Plan",
+    "Precision",
     "Proof",
     "Recipe",
     "Reference",

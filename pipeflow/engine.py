@@ -25,15 +25,18 @@ from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.program import Mode, Send, Step
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.checkpoint import Progress
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
+from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import Batch, MicroBatches, Needs, make_microbatches, needs_of
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import check_outputs, gather_outputs
-from pipeflow.runtime.prepared import prepare
+from pipeflow.runtime.prepared import in_types, prepare
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
@@ -79,6 +82,8 @@ class Engine(AbstractContextManager["Engine"]):
         clip_value: cut every element of the gradients to this absolute value, after `clip_norm`.
         nonfinite: where a loss or gradient is infinite or no number, "ignore" it as torch does,
             "raise" NonFiniteError on every rank, or "skip" the step on every rank.
+        precision: the types to train in: autocast, scaled losses, float32 masters, the type of
+            sums over replicas; by default those that the graph declares.
         seed: for lazily built layers and random ones. The same seed gives the same training
             under any plan.
         transport: "threads" runs all ranks in this process, "distributed" is one rank of a
@@ -105,6 +110,7 @@ class Engine(AbstractContextManager["Engine"]):
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: NonFinite = "ignore",
+        precision: Precision | None = None,
         seed: int = 0,
         transport: TransportKind = "auto",
         devices: Sequence[torch.device | str] | None = None,
@@ -121,10 +127,17 @@ class Engine(AbstractContextManager["Engine"]):
         self._optimizers = for_each_phase(graph, optimizer, "optimizer")
         self._schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
         self._open = OpenPhase(graph)
-        self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
+        self._precision = precision or Precision()
+        scale = self._precision.loss_scale
+        self._scaler = None if scale is None else LossScaler(scale)
+        self._policy = GradientPolicy(
+            clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
+        )
         groups = check_groups(parameter_groups, graph.parameters)
         self._distributed = transport == "distributed" or (transport == "auto" and is_launched())
         self._devices = _resolve_devices(plan, devices, distributed=self._distributed)
+        self._numerics = self._precision.numerics_on(self._devices)
+        self._prepared = in_types(self._prepared, self._numerics)
         self._exchange = Exchange(plan.num_ranks, plan.placement)
         self._remote: DistributedTransport | None = None
         ranks = tuple(range(plan.num_ranks))
@@ -159,11 +172,13 @@ class Engine(AbstractContextManager["Engine"]):
                 if isinstance(action, Send)
             }
         )
-        settings = json.dumps([self.plan.digest, self.graph.digest, seed, bool(self._optimizers)])
+        settings = json.dumps(
+            [self.plan.digest, self.graph.digest, seed, bool(self._optimizers), self._precision.digest]
+        )
         return DistributedTransport(
             self.plan.placement,
             channels,
-            dict(self.graph.specs),
+            dict(self._prepared[None].graph.specs),
             digest=hashlib.sha256(settings.encode()).hexdigest(),
             device=self._devices[rank],
         )
@@ -172,7 +187,9 @@ class Engine(AbstractContextManager["Engine"]):
         replicas = {}
         for index, stage in enumerate(self.plan.stages):
             if rank in stage.devices:
-                replicas[index] = StageReplica(self.graph, stage.layers, device=self._devices[rank], seed=seed)
+                replicas[index] = StageReplica(
+                    self.graph, stage.layers, device=self._devices[rank], seed=seed, precision=self._precision
+                )
                 if stage.num_replicas > 1:
                     replicas[index].record_statistics(self.graph)
                 for phase, optimizer in self._optimizers.items():
@@ -183,8 +200,10 @@ class Engine(AbstractContextManager["Engine"]):
         """Every replica starts from the weights of its stage's first, as each rank built its own."""
         for index, stage in enumerate(self.plan.stages):
             if stage.num_replicas > 1 and remote.rank in stage.devices:
-                for tensor in self._replicas[remote.rank][index].tensors().values():
+                replica = self._replicas[remote.rank][index]
+                for tensor in replica.tensors().values():
                     remote.broadcast_in_stage(tensor, index)
+                replica.written()
 
     def _executor(self, job: _Job) -> dict[int, Executor]:
         """The bound programs of the local ranks; for predictions, cut down to what they need."""
@@ -211,7 +230,7 @@ class Engine(AbstractContextManager["Engine"]):
                     index,
                     [layer for layer in replica.layers if layer in layers],
                     prepared.flows,
-                    replica.functions,
+                    {name: self._numerics.wrapped(function) for name, function in replica.functions.items()},
                     train=train,
                 ),
                 replica,
@@ -362,6 +381,7 @@ class Engine(AbstractContextManager["Engine"]):
         executors = self._executor(job)
         microbatches = self._check_batch(job, batch)
         train, graph = job.work != "infer", self._prepared[job.phase].graph
+        loss_scale = self.loss_scale or 1.0
 
         def task(rank: int) -> None:
             for replica in self._replicas[rank].values():
@@ -370,7 +390,9 @@ class Engine(AbstractContextManager["Engine"]):
                     replica.enter(job.phase)
             try:
                 with torch.set_grad_enabled(train):
-                    executors[rank].run(microbatches, step=self._step, share=share, draw=self._calls)
+                    executors[rank].run(
+                        microbatches, step=self._step, share=share, draw=self._calls, loss_scale=loss_scale
+                    )
             except NonFiniteError:
                 raise  # every rank raises it by itself
             except BaseException as error:
@@ -384,7 +406,10 @@ class Engine(AbstractContextManager["Engine"]):
         weights = {name: graph.layers[name].weight for name in graph.losses}
         verdict = first.state.verdict
         num_samples = microbatches.cut.num_samples
-        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip), microbatches
+        scale = self.loss_scale if train else None
+        if self._scaler is not None and job.work == "step":
+            self._scaler.update(overflow=verdict.overflow)
+        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip, scale), microbatches
 
     def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:
@@ -442,7 +467,9 @@ class Engine(AbstractContextManager["Engine"]):
                 assert own is not None
                 result[name] = own.detach().to("cpu", copy=True)
             else:
-                result[name] = self._remote.give_shaped(own, spec.shape_at(1), getattr(torch, spec.dtype), owner).cpu()
+                result[name] = self._remote.give_shaped(
+                    own, spec.shape_at(1), self._precision.stored(spec), owner
+                ).cpu()
         return result
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -455,6 +482,7 @@ class Engine(AbstractContextManager["Engine"]):
         for replicas in self._replicas.values():
             for replica in replicas.values():
                 copy_into(replica.tensors(), state, names)
+                replica.written()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, optimizer and scheduler state and the step count to a folder.
@@ -462,7 +490,8 @@ class Engine(AbstractContextManager["Engine"]):
         Any plan for the same graph can load it. Gradients that wait for a step are not in it.
         Collective under `torchrun`: every rank calls it, with a path that all reach.
         """
-        checkpoint.save(path, self.graph, self._owned(), step=self._step, calls=self._calls)
+        scale = None if self._scaler is None else self._scaler.state_dict()
+        checkpoint.save(path, self.graph, self._owned(), Progress(self._step, self._calls, scale))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote, under this or any other plan.
@@ -470,9 +499,11 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             CheckpointError: files are missing or altered, or the checkpoint is another model's.
         """
-        self._step, self._calls = checkpoint.load(
-            path, self.graph, [r for reps in self._replicas.values() for r in reps.values()]
-        )
+        replicas = [replica for held in self._replicas.values() for replica in held.values()]
+        progress = checkpoint.load(path, self.graph, replicas)
+        self._step, self._calls = progress.step, progress.calls
+        if self._scaler is not None and progress.loss_scale is not None:
+            self._scaler.load_state_dict(progress.loss_scale)
 
     def _owned(self) -> list[StageReplica]:
         """The stages whose first replica is here: those that this process saves."""
@@ -487,6 +518,11 @@ class Engine(AbstractContextManager["Engine"]):
     def num_steps(self) -> int:
         """Training steps taken, those before a loaded checkpoint included."""
         return self._step
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses of the next step are multiplied by before backward; None without loss scaling."""
+        return None if self._scaler is None else self._scaler.scale
 
     def measured(self) -> Measurement:
         """Median seconds of each stage and of an iteration over the steps so far.

@@ -325,23 +325,27 @@ def start_reduce(stage: StageState, transport: Transport, index: int) -> Callabl
     """Starts to sum a stage's gradients over its replicas; the result waits and puts the sums in place.
 
     One message holds all gradients of one dtype, and for each parameter how many replicas have
-    one: a parameter without any stays without, as on one device.
+    one: a parameter without any stays without, as on one device. It is of the precision's `reduce`
+    type, where there is one.
     """
+    stage.replica.collect_gradients()
+    reduce = stage.replica.precision.reduce
     trained = [p for p in stage.replica.parameters.values() if p.requires_grad]
     by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
     for parameter in trained:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
     pending = []
-    for parameters in by_dtype.values():
+    for own, parameters in by_dtype.items():
+        dtype: torch.dtype = getattr(torch, reduce) if reduce else own
         present = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0])
         parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
-        pending.append((parameters, transport.start_reduce(index, torch.cat([*parts, present]))))
+        pending.append((parameters, transport.start_reduce(index, torch.cat([*parts, present]).to(dtype))))
 
     def finish() -> None:
         for parameters, wait in pending:
             total = wait()
             *sums, present = torch.split(total, [*(p.numel() for p in parameters), len(parameters)])
             for parameter, gradient, count in zip(parameters, sums, present.tolist(), strict=True):
-                parameter.grad = gradient.view_as(parameter) if count else None
+                parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
 
     return finish

@@ -7,7 +7,8 @@ State is keyed by the model's own names, so any plan for the same graph can load
                                       optimizer@<phase>. of a phase's own
 
 A manifest beside them lists the SHA-256 of every file, every key with its shape and dtype, and
-what is no tensor: the step, each parameter's hyper-parameters (learning rate, ...), schedulers.
+what is no tensor: the step, each parameter's hyper-parameters (learning rate, ...), schedulers,
+the scale of losses.
 torch's reader unpickles its index and takes flipped bits without a word; the manifest is JSON,
 and is compared with the files before the reader sees them. It protects from damage; it is not
 signed, so load checkpoints only from where you trust.
@@ -21,6 +22,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,28 @@ _MANIFEST = "pipeflow.json"
 _FORMAT = "pipeflow-checkpoint-2"
 
 
-def save(
-    path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], *, step: int, calls: int
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: optimizer steps taken.
+        calls: training calls taken, which random layers are keyed by.
+        loss_scale: the state of the scale of losses; None without.
+    """
+
+    step: int = 0
+    calls: int = 0
+    loss_scale: Mapping[str, Any] | None = None
+
+
+def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], progress: Progress) -> None:
     """Writes a checkpoint. Collective where a process group is up.
 
     Args:
         path: a folder, new or empty, that all ranks reach.
         replicas: the stages that this process saves; over all processes, each stage once.
-        step: steps taken.
-        calls: training calls taken, which random layers are keyed by.
+        progress: how far the training is.
 
     Raises:
         CheckpointError: the folder holds something already.
@@ -84,8 +98,9 @@ def save(
         manifest = {
             "format": _FORMAT,
             "graph": graph.digest,
-            "step": step,
-            "calls": calls,
+            "step": progress.step,
+            "calls": progress.calls,
+            "loss_scale": progress.loss_scale,
             "tensors": {k: v for part in parts for k, v in part["tensors"].items()},
             "hyper": {k: v for part in parts for k, v in part["hyper"].items()},
             "schedulers": {k: v for part in reversed(parts) for k, v in part["schedulers"].items()},
@@ -95,7 +110,7 @@ def save(
     gather_texts("")  # nobody returns before the manifest is there
 
 
-def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> tuple[int, int]:
+def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> Progress:
     """Reads a checkpoint into stages, whatever plan it was written under.
 
     Args:
@@ -103,7 +118,7 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
         replicas: all stages that this process holds.
 
     Returns:
-        The steps and training calls taken when it was written.
+        How far the training was when it was written.
 
     Raises:
         CheckpointError: the folder is no checkpoint, a file is missing or altered, or the
@@ -129,13 +144,14 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
     for replica in held:
         own = replica.tensors()
         copy_into(own, {name: model[name] for name in own if name in model}, own.keys())
+        replica.written()
         for phase, training in replica.training_by_phase.items():
             start = f"{_optimizer_key(phase)}."
             moments = {k.removeprefix(start): v for k, v in wanted.items() if k.startswith(start)}
             hyper = {k.removeprefix(start): v for k, v in manifest["hyper"].items() if k.startswith(start)}
             _restore_optimizer(replica, training, moments, hyper)
             _restore_scheduler(training, manifest["schedulers"].get(_optimizer_key(phase)))
-    return int(manifest["step"]), int(manifest["calls"])
+    return Progress(int(manifest["step"]), int(manifest["calls"]), manifest.get("loss_scale"))
 
 
 def _optimizer_key(phase: str | None) -> str:

@@ -22,6 +22,7 @@ from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.failures import failed_backward
 from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
+from pipeflow.runtime.loss_scale import unscale
 from pipeflow.runtime.losses import loss_table, read_losses, same_batch
 from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState
@@ -65,6 +66,7 @@ class Executor:
         self._owned = owned or {}
         self._names = tuple(names)
         self._step = 0
+        self._loss_scale = 1.0
         self._wait_share: Callable[[], Tensor] | None = None
         bound = [(action, closure) for action in actions if (closure := binder.bind(action)) is not None]
         self._bound = self._with_agreement(bound)
@@ -86,8 +88,11 @@ class Executor:
         steps = [i for i, (action, _) in enumerate(bound) if isinstance(action, Step)]
         first_step = steps[0] if steps else len(bound)
         if self._policy.needs_norms:
-            agreement: list[Bound] = [(None, self._start_share), (None, self._finish_share), (None, self._judge)]
-            return [*bound[:first_step], (None, self._wait_reductions), *agreement, *bound[first_step:]]
+            agreement: list[Bound] = [(None, self._wait_reductions)]
+            if self._policy.loss_scaled:
+                agreement.append((None, self._unscale))
+            agreement += [(None, self._start_share), (None, self._finish_share), (None, self._judge)]
+            return [*bound[:first_step], *agreement, *bound[first_step:]]
         clip: list[Bound] = [(None, self._wait_reductions), (None, self._judge)] if self._policy.clip_value else []
         computes = [i for i, (action, _) in enumerate(bound) if isinstance(action, Compute | Send)]
         start = computes[-1] + 1 if computes else 0
@@ -103,6 +108,10 @@ class Executor:
     def _wait_reductions(self) -> None:
         for stage in self.state.stages.values():
             stage.wait_reduce()
+
+    def _unscale(self) -> None:
+        for stage in self.state.stages.values():
+            unscale(stage.replica.parameters.values(), self._loss_scale)
 
     def _wait_statistics(self) -> None:
         for stage in self.state.stages.values():
@@ -134,13 +143,16 @@ class Executor:
         for stage in self.state.stages.values():
             apply(self._policy, self.state.verdict, stage.replica.parameters.values())
 
-    def run(self, batch: MicroBatches, *, step: int, share: float = 1.0, draw: int = 0) -> None:
+    def run(
+        self, batch: MicroBatches, *, step: int, share: float = 1.0, draw: int = 0, loss_scale: float = 1.0
+    ) -> None:
         """Runs the program on one batch.
 
         Args:
             step: optimizer steps taken before.
             share: what the batch's gradients count among those of several batches.
             draw: which call this is, for random layers.
+            loss_scale: what losses are multiplied by before backward, and gradients divided by after.
 
         Raises:
             LayerFailure: an action of this rank raised; the original is its cause.
@@ -148,10 +160,11 @@ class Executor:
             NonFiniteError: the policy stops this step, on every rank.
         """
         self._step = step
+        self._loss_scale = loss_scale
         self.spans = []
         position = -1
         try:
-            self.state.begin(batch, share=share, draw=draw)
+            self.state.begin(batch, share=share * loss_scale, draw=draw)
             self.transport.begin(self._receives, batch.cut)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()

@@ -51,7 +51,7 @@ def _fails(stage: StageState, call: LayerCall, slots: Slots) -> bool:
         outputs = [copy[slot] for slot in call.writes]
         roots = [t for t in outputs if isinstance(t, Tensor) and t.grad_fn is not None]
         if roots:
-            parameters = [p for p in stage.replica.parameters.values() if p.requires_grad]
+            parameters = [p for p in stage.replica.working if p.requires_grad]
             ones = [torch.ones_like(t) for t in roots]
             torch.autograd.grad(roots, [*sources, *parameters], ones, allow_unused=True)
     except Exception:  # whatever it raises, it is this layer that does

@@ -31,14 +31,17 @@ class GradientPolicy:
         nonfinite: where a loss or gradient is infinite or no number: "ignore" steps as torch
             would, "raise" ends the step on every rank with parameters untouched, "skip" leaves
             the step out on every rank and goes on.
+        loss_scaled: losses are scaled (`pipeflow.runtime.loss_scale`): a step with a gradient that
+            is not finite is left out, whatever `nonfinite` says, and "raise" is refused.
 
     Raises:
-        EngineError: a limit that is not positive.
+        EngineError: a limit that is not positive, or choices that contradict each other.
     """
 
     clip_norm: float | None = None
     clip_value: float | None = None
     nonfinite: NonFinite = "ignore"
+    loss_scaled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "clip_value"):
@@ -47,11 +50,16 @@ class GradientPolicy:
                 raise EngineError(f"{name}={value}; it must be positive")
         if self.nonfinite not in ("ignore", "raise", "skip"):
             raise EngineError(f"nonfinite={self.nonfinite!r}; it is 'ignore', 'raise' or 'skip'")
+        if self.loss_scaled and self.nonfinite == "raise":
+            raise EngineError(
+                "nonfinite='raise' with a loss scale: gradients that are not finite are how it finds out that it is "
+                "too large; pass 'ignore', or 'skip' to leave out steps whose losses are not finite too"
+            )
 
     @property
     def needs_norms(self) -> bool:
         """Whether ranks have to agree before they step."""
-        return self.clip_norm is not None or self.nonfinite != "ignore"
+        return self.clip_norm is not None or self.nonfinite != "ignore" or self.loss_scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +69,13 @@ class Verdict:
     Attributes:
         scale: what to multiply them by; None for nothing.
         skip: whether to leave the step out.
+        overflow: whether that is for a gradient of scaled losses, so that the scale is lowered.
         norm: of all gradients together before clipping; None where nobody asked.
     """
 
     scale: float | None = None
     skip: bool = False
+    overflow: bool = False
     norm: float | None = None
 
 
@@ -74,14 +84,17 @@ def gradient_norms(parameters: Mapping[str, nn.Parameter], names: Sequence[str])
     present = [n for n in names if n in parameters and parameters[n].grad is not None]
     if not present:
         return [0.0] * len(names)
-    norms = torch.stack([torch.linalg.vector_norm(_gradient(parameters[n])).double() for n in present]).tolist()
+    norms = torch.stack([_norm(parameters[n]) for n in present]).tolist()
     by_name = dict(zip(present, norms, strict=True))
     return [by_name.get(n, 0.0) for n in names]
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _norm(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
-    return parameter.grad
+    # A norm in a half type would soon be infinite, or coarse.
+    dtype = torch.promote_types(parameter.grad.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=dtype)
+    return norm.double()
 
 
 def decide(
@@ -93,6 +106,8 @@ def decide(
         NonFiniteError: the policy says so; it names the losses and parameters.
     """
     norm = math.sqrt(math.fsum(n * n for n in norms)) if all(map(math.isfinite, norms)) else math.nan
+    if policy.loss_scaled and not math.isfinite(norm):
+        return Verdict(skip=True, overflow=True, norm=norm)
     finite = math.isfinite(norm) and all(map(math.isfinite, losses.values()))
     if not finite and policy.nonfinite != "ignore":
         if policy.nonfinite == "skip":

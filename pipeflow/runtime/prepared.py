@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeflow.errors import PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.flows import Flow, flows
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.phase import phase_costs
+from pipeflow.graphs.retyping import retyped
 from pipeflow.lowering import lower
 from pipeflow.program import Mode, Program, Step
 from pipeflow.verifier import verify
@@ -42,6 +44,19 @@ def prepare(graph: LayerGraph, plan: Plan) -> Mapping[str | None, Prepared]:
     whole = _prepare(graph, plan)
     _check_steps(graph, plan, whole.programs[Mode.TRAIN])
     return {None: whole, **{name: _prepare(graph.in_phase(name), plan.in_phase(name)) for name in graph.phases}}
+
+
+def in_types(prepared: Mapping[str | None, Prepared], numerics: Numerics) -> Mapping[str | None, Prepared]:
+    """The same in other types of computation: the graphs have the specs that tensors then have.
+
+    Raises:
+        ShapeError: a layer does not run in those types.
+    """
+    whole = retyped(prepared[None].graph, numerics)
+    return {
+        phase: replace(of_phase, graph=whole if phase is None else whole.in_phase(phase))
+        for phase, of_phase in prepared.items()
+    }
 
 
 def _prepare(graph: LayerGraph, plan: Plan) -> Prepared:

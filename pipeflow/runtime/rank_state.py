@@ -47,10 +47,12 @@ class StageState:
     finish_statistics: Callable[[], None] | None = None
 
     def wait_reduce(self) -> None:
-        """Puts the summed gradients in place, if a sum was started."""
+        """Puts the summed gradients in place, if a sum was started, or those of this replica alone."""
         if self.finish_reduce is not None:
             self.finish_reduce()
             self.finish_reduce = None
+        else:
+            self.replica.collect_gradients()
 
     def wait_statistics(self) -> None:
         """Takes in the statistics of all replicas, if they were sent."""

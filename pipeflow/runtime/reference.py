@@ -9,6 +9,7 @@ no stages, no program, no transport.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, overload
 
@@ -19,11 +20,14 @@ from pipeflow.errors import EngineError, NonFiniteError
 from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.retyping import retyped
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
+from pipeflow.runtime.loss_scale import LossScaler, unscale
 from pipeflow.runtime.losses import add_parts, loss_factors
 from pipeflow.runtime.microbatch import Batch, MicroBatches, make_microbatches, needs_of
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import arrange_outputs, check_outputs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
@@ -43,6 +47,7 @@ class Reference:
         optimizer: makes an optimizer from a list of parameters; None for inference alone.
         lr_scheduler: makes a learning-rate scheduler from the optimizer.
         parameter_groups, clip_norm, clip_value, nonfinite: as for `pipeflow.Engine`.
+        precision: as for `pipeflow.Engine`; there is nothing to reduce on one device.
         num_microbatches: into how many a batch is cut.
         seed: for lazily built layers and random ones.
         device: where to run.
@@ -58,22 +63,28 @@ class Reference:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         nonfinite: NonFinite = "ignore",
+        precision: Precision | None = None,
         num_microbatches: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         graph.check()
-        self.graph = graph
         self.num_microbatches = num_microbatches
         self._device = torch.device(device)
-        self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed)
+        self._precision = precision or Precision()
+        self.graph = retyped(graph, self._precision.numerics_on([self._device]))
+        self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed, precision=self._precision)
+        scale = self._precision.loss_scale
+        self._scaler = None if scale is None else LossScaler(scale)
         groups = check_groups(parameter_groups, graph.parameters)
         schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
         for phase, factory in for_each_phase(graph, optimizer, "optimizer").items():
             self._replica.make_optimizer(factory, schedulers.get(phase), groups, phase)
         self._has_optimizer = optimizer is not None
         self._open = OpenPhase(graph)
-        self._policy = GradientPolicy(clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite)
+        self._policy = GradientPolicy(
+            clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
+        )
         self._step = 0
         self._calls = 0
         readers: dict[str, int] = {}
@@ -105,6 +116,9 @@ class Reference:
         """Trains on one batch. Arguments and errors as `pipeflow.Engine.step`."""
         result = self.accumulate(batch, share=share, phase=phase)
         self._open.stepped()
+        self._replica.collect_gradients()
+        if self._scaler is not None:
+            unscale(self._replica.parameters.values(), self._scaler.scale)
         verdict = Verdict()
         if self._policy.needs_norms:
             names = tuple(self.graph.parameters)
@@ -119,6 +133,8 @@ class Reference:
             self._replica.drop_gradients()
         else:
             self._replica.step()
+        if self._scaler is not None:
+            self._scaler.update(overflow=verdict.overflow)
         self._step += 1
         return replace(result, gradient_norm=verdict.norm, skipped=verdict.skip)
 
@@ -169,6 +185,8 @@ class Reference:
         factors |= {name: loss_factors(graph.layers[name], sizes) for name in losses if name not in factors}
         parts: dict[str, list[float]] = {name: [] for name in losses}
         kept: dict[str, list[Tensor | None]] = {name: [None] * len(sizes) for name in keep}
+        scale = None if self._scaler is None or not train else self._scaler.scale
+        scaled = share * (scale or 1.0)
         first_sample = 0
         for m, size in enumerate(sizes):
             if not size:
@@ -176,7 +194,8 @@ class Reference:
             for random_layer in self._replica.random_layers:
                 random_layer.step, random_layer.first_sample = self._calls, first_sample
             first_sample += size
-            values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
+            with self._autocast():
+                values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
             for name in keep:
                 kept[name][m] = values[name].detach()
             roots = {name: values[graph.layers[name].outputs[0]] for name in losses}
@@ -185,11 +204,18 @@ class Reference:
                 parts[name].append(float(value.detach()) * factors[name][m])
             trained = [name for name, value in counted.items() if value.requires_grad]
             if train and trained:
-                seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m] * share) for n in trained]
+                seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m] * scaled) for n in trained]
                 torch.autograd.backward([roots[n] for n in trained], seeds)
         totals = {name: add_parts(values) for name, values in parts.items()}
         weights = {name: graph.layers[name].weight for name in losses}
-        return StepResult(sum(sizes), totals, weights), kept, microbatches
+        return StepResult(sum(sizes), totals, weights, loss_scale=scale), kept, microbatches
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self._precision.autocast
+        if dtype is None:
+            return nullcontext()
+        # The cache would add up in the half type what one weight's uses in several layers give.
+        return torch.autocast(self._device.type, dtype=getattr(torch, dtype), cache_enabled=False)
 
     def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
         for name in layers:
@@ -207,6 +233,11 @@ class Reference:
             return straight(value)
         return value.view_as(value) if tensor in self._viewed else value
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses of the next step are multiplied by. As `pipeflow.Engine.loss_scale`."""
+        return None if self._scaler is None else self._scaler.scale
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of parameters and persistent buffers, by `<layer>.<name>`."""
         return {name: tensor.detach().clone() for name, tensor in self._replica.tensors().items()}
@@ -214,3 +245,4 @@ class Reference:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes parameters and buffers by name. Errors as `pipeflow.Engine.load_state_dict`."""
         copy_into(self._replica.tensors(), state, self._replica.tensors().keys())
+        self._replica.written()

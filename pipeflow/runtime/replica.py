@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pipeflow.errors import EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import trained_parameters
+from pipeflow.runtime.masters import Masters
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
+from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.randomness import RandomLayer, layer_key
 from pipeflow.runtime.running_statistics import RunningStatistics
 
@@ -45,10 +47,20 @@ class StageReplica:
         layers: names of the stage's layers.
         device: where to put the weights.
         seed: for lazily built layers and for random ones.
+        precision: the types of parameters and of sums of gradients.
     """
 
-    def __init__(self, graph: LayerGraph, layers: Iterable[str], *, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        graph: LayerGraph,
+        layers: Iterable[str],
+        *,
+        device: torch.device,
+        seed: int,
+        precision: Precision | None = None,
+    ) -> None:
         self.layers = tuple(layers)
+        self.precision = precision or Precision()
         self.modules: dict[str, nn.Module] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         self.random_layers: list[RandomLayer] = []
@@ -61,11 +73,33 @@ class StageReplica:
             self.functions[name] = function
         self.statistics: RunningStatistics | None = None
         self.parameters = dict(named(self.modules, nn.Module.named_parameters))
+        self.masters = self._make_masters(graph, device) if self.precision.parameters else None
         self.training_by_phase: dict[str | None, Training] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
         self._phase: str | None = None
         self._graph = graph
+
+    def _make_masters(self, graph: LayerGraph, device: torch.device) -> Masters:
+        """Casts what the layers compute with; what is trained and saved stays as it was."""
+        numerics, memo = self.precision.numerics(device.type), dict[int, Tensor]()
+        for module in self.modules.values():
+            numerics.cast(module, memo)
+        buffers = dict(named(self.modules, _persistent_buffers))
+        masters = Masters(
+            self.parameters,
+            dict(named(self.modules, nn.Module.named_parameters)),
+            buffers,
+            {name: self.precision.stored(graph.buffers[name]) for name in buffers},
+            accumulate=self.precision.accumulate,
+        )
+        self.parameters = masters.parameters
+        return masters
+
+    @property
+    def working(self) -> Iterable[nn.Parameter]:
+        """The parameters that layers compute with: those of `parameters`, or casts of them."""
+        return (p for module in self.modules.values() for p in module.parameters())
 
     def make_optimizer(
         self,
@@ -95,6 +129,8 @@ class StageReplica:
         self.optimizer, self.scheduler = training.optimizer, training.scheduler
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in training.trained)
+        if self.masters is not None:
+            self.masters.freeze_alike()
 
     def _checked(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -122,18 +158,38 @@ class StageReplica:
         """The optimizer's step, the scheduler's, and gradients let go."""
         if self.optimizer is not None:
             self.optimizer.step()
+            if self.masters is not None:
+                self.masters.refresh()
             if self.scheduler is not None:
                 self.scheduler.step()
             self.drop_gradients()
+
+    def collect_gradients(self) -> None:
+        """Brings the gradients of micro-batches to `parameters`, where layers compute with casts of these."""
+        if self.masters is not None:
+            self.masters.collect()
 
     def drop_gradients(self) -> None:
         """Lets go of all gradients without a step."""
         for parameter in self.parameters.values():
             parameter.grad = None
+        if self.masters is not None:
+            self.masters.drop_gradients()
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Parameters and persistent buffers by name, each once; not copies."""
+        """Parameters and persistent buffers by name, each once; not copies.
+
+        Who writes to them calls `written` after.
+        """
+        if self.masters is not None:
+            self.masters.save_buffers()
+            return {**self.parameters, **self.masters.buffers}
         return {**self.parameters, **dict(named(self.modules, _persistent_buffers))}
+
+    def written(self) -> None:
+        """What `tensors` gave has new values: layers that compute with casts of them are given these."""
+        if self.masters is not None:
+            self.masters.refresh(buffers=True)
 
 
 def named(modules: Mapping[str, nn.Module], listing: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> Iterable[Any]:

@@ -16,6 +16,7 @@ class StepResult:
         gradient_norm: of all gradients together before clipping; None unless the engine clips by
             norm or looks for what is not finite.
         skipped: whether the optimizer's step was left out, since something was not finite.
+        loss_scale: what losses were multiplied by before backward; None without loss scaling.
     """
 
     num_samples: int
@@ -23,6 +24,7 @@ class StepResult:
     weights: Mapping[str, float]
     gradient_norm: float | None = None
     skipped: bool = False
+    loss_scale: float | None = None
 
     @property
     def loss(self) -> float:

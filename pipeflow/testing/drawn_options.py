@@ -11,7 +11,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from pipeflow.errors import ShapeError
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.retyping import retyped
+from pipeflow.runtime.precision import LossScale, Precision
 
 
 @st.composite
@@ -25,6 +28,8 @@ def training_options(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
     for feature in _FEATURES:
         if draw(st.integers(0, 3)) == 3:
             options |= feature(draw, graph)
+    if options.get("nonfinite") == "raise" and "precision" in options and options["precision"].loss_scale:
+        options["nonfinite"] = "skip"
     return options
 
 
@@ -46,9 +51,27 @@ def _parameter_groups(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
     return {"parameter_groups": {name: draw(rates) for name in names}}
 
 
+def _precision(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
+    """Half types where the model is in float32 and runs in them; else a scale of losses at most."""
+    choices: dict[str, Any] = {}
+    if all(spec.dtype == "float32" for spec in graph.parameters.values()):
+        half = draw(st.sampled_from(["bfloat16", "float16"]))
+        choices = {name: half for name in ("autocast", "parameters") if draw(st.booleans())}
+        if "parameters" in choices:
+            choices["accumulate"] = draw(st.sampled_from(["float32", "parameters"]))
+        try:
+            retyped(graph, Precision(**choices).numerics("cpu"))
+        except ShapeError:  # some of torch's layers do not run in every type
+            choices = {}
+    if draw(st.booleans()):
+        choices["loss_scale"] = LossScale(initial=draw(st.sampled_from([3.0, 1024.0, 2.0**40])), growth_interval=1)
+    return {"precision": Precision(**choices)}
+
+
 _FEATURES: tuple[Callable[[st.DrawFn, LayerGraph], dict[str, Any]], ...] = (
     _clip_norm,
     _clip_value,
     _nonfinite,
     _parameter_groups,
+    _precision,
 )
