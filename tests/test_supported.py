@@ -131,6 +131,31 @@ def step_without_a_phase() -> None:
         engine.step({"x": torch.zeros(4, 4)})
 
 
+def no_kernel_for_the_type() -> None:
+    graph = pf.LayerGraph("bilinear")
+    h = graph.add("first", pf.lazy(nn.Linear, 4, 4), graph.input("x", ("B", 4)))
+    graph.loss("loss", torch.mean, graph.add("second", pf.lazy(nn.Bilinear, 4, 4, 4), h, h))
+    pf.Reference(graph, sgd, precision=pf.Precision(autocast="bfloat16"))
+
+
+def two_half_types() -> None:
+    pf.Precision(autocast="float16", parameters="bfloat16")
+
+
+def sums_in_no_type() -> None:
+    pf.Precision(accumulate="parameters")
+
+
+def raising_while_scaled() -> None:
+    pf.Reference(chain(), sgd, nonfinite="raise", precision=pf.Precision(loss_scale=pf.LossScale()))
+
+
+def kinds_of_devices() -> None:
+    graph, devices = forked_graph(), ["cpu", "cuda:0", "cpu"]
+    precision = pf.Precision(autocast="bfloat16")
+    pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd, devices=devices, precision=precision)
+
+
 def plan_for_another_graph() -> None:
     pf.Engine(bomb_graph("first", "never"), make_plan(forked_graph(), THREE_STAGES), sgd)
 
@@ -162,6 +187,11 @@ REFUSED: dict[str, Callable[[], object]] = {
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,
+    "a layer that does not run in the types of the precision": no_kernel_for_the_type,
+    "two half types at once": two_half_types,
+    "sums in the type of parameters that are not cast": sums_in_no_type,
+    "stopping at what is not finite while losses are scaled": raising_while_scaled,
+    "autocast on devices of several kinds": kinds_of_devices,
     "a plan for another graph": plan_for_another_graph,
     "a device that the machine lacks": missing_device,
 }

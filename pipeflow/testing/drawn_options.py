@@ -51,7 +51,8 @@ def _parameter_groups(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
     return {"parameter_groups": {name: draw(rates) for name in names}}
 
 
-def _precision(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
+@st.composite
+def precisions(draw: st.DrawFn, graph: LayerGraph) -> Precision:
     """Half types where the model is in float32 and runs in them; else a scale of losses at most."""
     choices: dict[str, Any] = {}
     if all(spec.dtype == "float32" for spec in graph.parameters.values()):
@@ -65,7 +66,11 @@ def _precision(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
             choices = {}
     if draw(st.booleans()):
         choices["loss_scale"] = LossScale(initial=draw(st.sampled_from([3.0, 1024.0, 2.0**40])), growth_interval=1)
-    return {"precision": Precision(**choices)}
+    return Precision(**choices)
+
+
+def _precision(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
+    return {"precision": draw(precisions(graph))}
 
 
 _FEATURES: tuple[Callable[[st.DrawFn, LayerGraph], dict[str, Any]], ...] = (
