@@ -41,7 +41,8 @@ check: setup ## format, lint, types, tests: what CI runs
 	$(BIN)/mypy
 	$(MAKE) test
 
-fuzz: setup ## the laws on fresh random draws, many more than the tests take
+# FUZZ_FACTOR times the examples of the tests, but at most FUZZ_SECONDS for each law; says how many held.
+fuzz: setup ## the laws on fresh random draws, many more than the tests take, in the time there is
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m hypothesis $(ARGS) $(TESTS)
 
 bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining
