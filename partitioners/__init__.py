@@ -25,6 +25,7 @@ _SUMMARIES = {
     "ideals": "exact over all ideals of the graph, where there are not too many",
     "cpsat": "exact by CP-SAT; needs pipeflow[solvers]",
     "milp": "the same by HiGHS, to check the others; needs pipeflow[solvers]",
+    "nested": "levels of links one inside the other, each planned exactly",
     "auto": "what the size of the problem allows, cheapest first, until the gap is closed",
     "exhaustive": "every cut of a small graph: the oracle",
 }

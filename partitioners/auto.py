@@ -19,6 +19,7 @@ from pipeflow.partitioners.chain import chain
 from pipeflow.partitioners.coarsen import coarsen
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.feasibility import require_feasible
+from pipeflow.partitioners.nested import nested
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
@@ -58,7 +59,9 @@ def auto(problem: PartitionProblem) -> Partition:
 
 def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
     """`auto`, with or without the solver."""
-    require_feasible(problem)
+    require_feasible(problem, nests=True)
+    if problem.nested:
+        return _named(problem, nested(problem), "nested", None)
     if problem.chunks > 1:
         return _chunked(problem, use_solver)
     if problem.atoms.count > _MOST_ATOMS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeflow.errors import Infeasible
+from pipeflow.errors import Infeasible, PlanError
 from pipeflow.partitioners.cluster import Device
 from pipeflow.partitioners.objective import StageTerms, device_bytes, stage_terms
 from pipeflow.partitioners.partition import Stage
@@ -17,8 +17,17 @@ from pipeflow.partitioners.problem import PartitionProblem, Position
 from pipeflow.units import format_bytes
 
 
-def require_feasible(problem: PartitionProblem) -> None:
-    """Raises `Infeasible` for what can be told without a search: counts, layers and totals too large."""
+def require_feasible(problem: PartitionProblem, *, nests: bool = False) -> None:
+    """Raises `Infeasible` for what can be told without a search: counts, layers and totals too large.
+
+    Args:
+        nests: whether the partitioner plans levels one inside the other.
+
+    Raises:
+        PlanError: it does not, and the problem asks for it.
+    """
+    if problem.nested and not nests:
+        raise PlanError("only the partitioners 'nested' and 'auto' plan levels one inside the other; use one of them")
     for check in (_count_reason, _replica_reason, _atom_reason, _total_reason):
         if reason := check(problem):
             raise Infeasible([reason])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,11 +30,16 @@ from pipeflow.partitioners.objective import compute_seconds, reduction_volume
 from pipeflow.partitioners.problem import InFlight, PartitionProblem, Position
 
 
-def enumerate_ideals(problem: PartitionProblem, most: int) -> list[int] | None:
-    """All ideals of the bound atoms as bit masks, or None if there are more than `most`."""
+def enumerate_ideals(problem: PartitionProblem, most: int, among: Collection[int] | None = None) -> list[int] | None:
+    """All ideals of the bound atoms as bit masks, or None if there are more than `most`.
+
+    Args:
+        among: these atoms alone, as if there were no others.
+    """
     atoms = problem.atoms
-    bound = [atom for atom in range(atoms.count) if atoms.bound[atom]]
-    needs = {atom: sum(1 << b for b in atoms.predecessors[atom]) for atom in bound}
+    bound = [atom for atom in range(atoms.count) if atoms.bound[atom] and (among is None or atom in among)]
+    inside = sum(1 << atom for atom in bound)
+    needs = {atom: sum(1 << b for b in atoms.predecessors[atom]) & inside for atom in bound}
     first = frozenset(atom for atom in bound if not needs[atom])
     ready: dict[int, frozenset[int]] = {0: first}
     frontier = [0]
@@ -45,7 +50,7 @@ def enumerate_ideals(problem: PartitionProblem, most: int) -> list[int] | None:
                 larger = ideal | 1 << atom
                 if larger in ready:
                     continue
-                freed = [b for b in atoms.successors[atom] if needs[b] & ~larger == 0]
+                freed = [b for b in atoms.successors[atom] if b in needs and needs[b] & ~larger == 0]
                 ready[larger] = (ready[ideal] - {atom}).union(freed)
                 following.append(larger)
             ready[ideal] = frozenset()

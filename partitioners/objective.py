@@ -40,9 +40,10 @@ from typing import assert_never
 from pipeflow.graphs.costs import LayerCosts
 from pipeflow.partitioners.activations import stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
+from pipeflow.partitioners.nesting import children, nested_levels
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position, Reduction
-from pipeflow.partitioners.transfers import StageTransfers, stage_transfers
+from pipeflow.partitioners.transfers import StageTransfers, cut_messages, stage_transfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
     """
     costs, cluster = problem.costs, problem.cluster
     moved = stage_transfers(problem, stages)
+    nested = nested_seconds(problem, stages) if problem.nested else None
     following = 0
     result: list[StageTerms] = []
     for index in reversed(range(len(stages))):
@@ -127,6 +129,8 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         reduction = reduce_seconds(cluster, parameters, stage.devices, problem.reduction)
         computes = [compute_seconds(layers, cluster.devices[d], again) for d in stage.devices]
         by_device = tuple(_replica_seconds(problem, count, c, moved[index], reduction) for c in computes)
+        if nested is not None:
+            by_device = (nested[index],) * count
         position = Position(count, following, problem.num_microbatches)
         in_flight, versions = problem.in_flight(position), problem.weight_versions(position)
         kept, transient = stage_activations(costs, stage)
@@ -146,6 +150,34 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
             )
         )
     return tuple(reversed(result))
+
+
+def nested_seconds(problem: PartitionProblem, stages: Sequence[Stage]) -> list[float]:
+    """Seconds of every stage per micro-batch of the batch, where levels are nested."""
+    costs, levels = problem.costs, nested_levels(problem.cluster)
+    layers = [[costs.layer_by_name[name] for name in stage.layers] for stage in stages]
+    seconds = [compute_seconds(group, problem.cluster.devices[0]) for group in layers]
+    parameters = [sum(layer.parameter_bytes for layer in group) for group in layers]
+    passing = cut_messages(problem, stages)
+
+    def walk(depth: int, among: Sequence[int], first_device: int) -> None:
+        level = levels[depth]
+        for place, child in enumerate(children(level, stages, among, first_device)):
+            if depth:
+                walk(depth - 1, child.stages, child.groups[0] * level.group_size)
+            r, amount = len(child.groups), sum(parameters[i] for i in child.stages)
+            volume, latencies = reduction_volume(r, problem.reduction)
+            reduction = volume * amount / level.bandwidth + latencies * level.latency * (amount > 0)
+            reduction /= 1 if place else level.num_inside
+            cuts = (child.stages[0], child.stages[-1] + 1) if place and problem.transfers == "relayed" else ()
+            moved = max(
+                (count * level.latency + n / level.bandwidth for count, n in map(passing.__getitem__, cuts)), default=0
+            )
+            for i in child.stages:
+                seconds[i] = problem.share(r) * max(seconds[i] + reduction, moved)
+
+    walk(len(levels) - 1, range(len(stages)), 0)
+    return seconds
 
 
 def _beside_compute(problem: PartitionProblem, moved: StageTransfers) -> float:

@@ -104,6 +104,9 @@ class PartitionProblem:
         weight_versions: how many copies of its parameters a replica holds: asynchronous schedules
             stash one for each micro-batch in flight.
         holds_received: whether a stage holds what it receives beside what its layers save.
+        nested: whether the cluster's levels are planned one inside the other: a stage of the outermost
+            level is on some of its groups, and inside each of them it is a pipeline of the next
+            (`pipeflow.partitioners.nesting`). Otherwise a stage may be on any devices.
         chunks: how many times the stages go round the devices: with more than 1, they are placed as
             interleaved schedules place them, on device 0, 1, ... K - 1, 0, 1, ..., where some turns
             may be left out.
@@ -134,6 +137,7 @@ class PartitionProblem:
     together: tuple[tuple[str, ...], ...] = ()
     weight_versions: InFlight = one_version
     holds_received: bool = True
+    nested: bool = False
     chunks: int = 1
     pins: Pins = field(default_factory=Pins)
 
@@ -160,6 +164,8 @@ class PartitionProblem:
             raise PlanError(
                 f"transfers='relayed' with {what}; stages that relay are a chain, count transfers as 'added'"
             )
+        if self.nested:
+            self._check_nested()
         count = self.stage_count
         if count is not None and self.max_stages is not None and count > self.max_stages:
             raise PlanError(f"{count} stages are asked for, but max_stages={self.max_stages}; raise the limit")
@@ -168,6 +174,18 @@ class PartitionProblem:
             raise PlanError(
                 f"{self.pins.on[0]}, but with chunks={self.chunks} a device holds several stages; set chunks=1"
             )
+
+    def _check_nested(self) -> None:
+        from pipeflow.partitioners.nesting import nested_levels
+
+        nested_levels(self.cluster)
+        if self.reduce_every != "microbatch" or self.transfers not in ("relayed", "free"):
+            raise PlanError(
+                f"levels are nested with reduce_every={self.reduce_every!r} and transfers={self.transfers!r}; give "
+                "'microbatch', and 'relayed' or 'free'"
+            )
+        if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
+            raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
 
     @property
     def stage_count(self) -> int | None:

@@ -103,3 +103,19 @@ def _relay(
         result[index + 1].inward.append(seconds)
         if index:
             result[index].outward.append(seconds)
+
+
+def cut_messages(problem: PartitionProblem, stages: Sequence[Stage]) -> list[tuple[int, int]]:
+    """How many messages pass the cut before each stage, and after the last, and their bytes."""
+    costs = problem.costs
+    stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage.layers}
+    counts, amounts = [0] * (len(stages) + 1), [0] * (len(stages) + 1)
+    for name, producer in costs.producer_by_tensor.items():
+        source, tensor = stage_of[producer], costs.tensor_by_name[name]
+        readers = [costs.layer_by_name[r] for r in costs.consumers_by_tensor[name]]
+        targets = sorted({stage_of[r.name] for r in readers} - {source})
+        for amount, ends in _messages(tensor, readers, stage_of, targets):
+            for cut in range(source + 1, max(ends, default=source) + 1):
+                counts[cut] += 1
+                amounts[cut] += amount
+    return list(zip(counts, amounts, strict=True))

@@ -7,10 +7,12 @@ says the result in the units of the file. It neither plans a schedule nor runs a
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import assert_never
 
@@ -19,11 +21,11 @@ from pipeflow.graphs.costs import GraphCosts
 from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
 from pipeflow.partitioners import PARTITIONERS
-from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.cluster import Cluster, Device, Level
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, stashed
-from pipeflow.values import Count, Value
+from pipeflow.values import Count, Index, Value
 
 
 class PartitionReport(Value):
@@ -37,6 +39,7 @@ class PartitionReport(Value):
         partitioner: what found it.
         stages: the layers of each stage, in order.
         replicas: of each stage.
+        devices: of each stage; those of the innermost level of links are consecutive.
     """
 
     objective: float
@@ -46,16 +49,17 @@ class PartitionReport(Value):
     partitioner: str
     stages: tuple[tuple[str, ...], ...]
     replicas: tuple[Count, ...]
+    devices: tuple[tuple[Index, ...], ...]
 
 
 def partition(
     source: GraphCosts | Profile | str | os.PathLike[str],
     *,
     format: str = "pipeflow",
-    num_devices: int | None = None,
+    num_devices: int | Sequence[int] | None = None,
     cluster: Cluster | None = None,
     memory_bytes: int | None = None,
-    bandwidth: float | None = None,
+    bandwidth: float | Sequence[float] | None = None,
     latency: float = 0.0,
     partitioner: str | Callable[[PartitionProblem], Partition] = "auto",
     num_stages: int | None = None,
@@ -71,11 +75,13 @@ def partition(
     Args:
         source: costs, a profile, or the path of a file.
         format: of the file: a name in `pipeflow.graphs.formats.FORMATS`.
-        num_devices: alike devices; by default as many as the file says.
+        num_devices: alike devices; by default as many as the file says. Several numbers are of levels
+            of links, innermost first: (4, 2) is 2 machines of 4 devices.
         cluster: the devices themselves, instead of `num_devices`, `memory_bytes`, `bandwidth` and
             `latency`.
         memory_bytes: of one device; by default the file's limit.
-        bandwidth: of every link in bytes per second; by default the file's, or else unlimited.
+        bandwidth: of every link in bytes per second, or of the links of each level; by default the
+            file's, or else unlimited.
         latency: of every link in seconds.
         partitioner: a name in `PARTITIONERS`, or a function.
         num_stages, max_stages, replicas, max_replicas, num_microbatches: as in
@@ -124,6 +130,7 @@ def partition(
         partitioner=certificate.partitioner,
         stages=tuple(stage.layers for stage in found.stages),
         replicas=tuple(stage.num_replicas for stage in found.stages),
+        devices=tuple(stage.devices for stage in found.stages),
     )
 
 
@@ -148,10 +155,10 @@ def read_profile(source: GraphCosts | Profile | str | os.PathLike[str], format: 
 def problem_of(
     profile: Profile,
     *,
-    num_devices: int | None = None,
+    num_devices: int | Sequence[int] | None = None,
     cluster: Cluster | None = None,
     memory_bytes: int | None = None,
-    bandwidth: float | None = None,
+    bandwidth: float | Sequence[float] | None = None,
     latency: float = 0.0,
     num_microbatches: int | None = None,
 ) -> PartitionProblem:
@@ -168,11 +175,11 @@ def problem_of(
         count = num_devices or profile.num_devices
         if count is None:
             raise PlanError("the number of devices is not known; give num_devices or a cluster")
-        cluster = Cluster.uniform(
+        cluster = _cluster(
             count,
-            memory_bytes=profile.memory_bytes if memory_bytes is None else memory_bytes,
-            bandwidth=bandwidth or profile.bandwidth,
-            latency=latency,
+            profile.memory_bytes if memory_bytes is None else memory_bytes,
+            bandwidth or profile.bandwidth,
+            latency,
         )
     elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
         raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
@@ -189,6 +196,7 @@ def problem_of(
         transfers=profile.transfers,
         reduction=profile.reduction,
         reduce_every=profile.reduce_every,
+        nested=profile.nested and len(cluster.levels) > 1,
         gradient_ratio=min(1.0, profile.state_ratio),
         optimizer_ratio=max(0.0, profile.state_ratio - 1),
     )
@@ -215,3 +223,22 @@ def problem_of(
             )
         case _:
             assert_never(profile.memory)
+
+
+def _cluster(
+    counts: int | Sequence[int], memory: int | None, bandwidths: float | Sequence[float] | None, latency: float
+) -> Cluster:
+    """Alike devices, with a level of links for each count."""
+    counts = (counts,) if isinstance(counts, int) else tuple(counts)
+    each = bandwidths if isinstance(bandwidths, Sequence) else (bandwidths,) * len(counts)
+    if len(each) != len(counts) or not counts or min(counts) < 1:
+        raise PlanError(
+            f"num_devices={counts} and bandwidth={tuple(each)}; give a number of at least 1 for each level of "
+            "links, and one bandwidth for all or for each"
+        )
+    total = math.prod(counts)
+    levels: dict[int, Level] = {}
+    for size, bandwidth in zip(accumulate(counts, operator.mul), each, strict=True):
+        levels.setdefault(size, Level(size=size, bandwidth=bandwidth, latency=latency))
+    devices = tuple(Device(name=f"device:{i}", memory_bytes=memory) for i in range(total))
+    return Cluster(devices=devices, levels=tuple(levels.values()))

@@ -62,6 +62,7 @@ def _profile(path: Path, text: str) -> Profile:
         costs=_costs(path.name.split(".")[0], graph, descriptions, values),
         seconds_per_unit=_MILLISECOND,
         memory="stashes",
+        nested=True,
         transfers="free",
         reduction="server",
         reduce_every="microbatch",

@@ -32,6 +32,7 @@ class Profile(Value):
             and weights of micro-batches in flight beyond a stage, as PipeDream's optimizer counts.
         transfers, reduction, reduce_every: how the format's own planner counts transfers and
             reductions, as in `pipeflow.partitioners.problem`.
+        nested: whether it plans levels of links one inside the other.
         sends_once: whether a producer pays once for all stages that read its output.
         num_microbatches: of a batch, where the file fixes it.
         state_ratio: bytes of gradients and optimizer state for each byte of parameters.
@@ -49,6 +50,7 @@ class Profile(Value):
     transfers: Literal["added", "overlapped", "relayed", "free"] = "added"
     reduction: Literal["ring", "server"] = "ring"
     reduce_every: Literal["iteration", "microbatch"] = "iteration"
+    nested: bool = False
     sends_once: bool = False
     num_microbatches: Count | None = None
     state_ratio: float = Field(default=3.0, ge=0)

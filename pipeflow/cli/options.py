@@ -24,6 +24,22 @@ def parse_counts(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"{text!r} is no list of counts; write for example 2,1") from error
 
 
+def parse_levels(text: str) -> tuple[int, ...]:
+    """Numbers of devices such as 4x2, innermost level first."""
+    try:
+        counts = tuple(int(part) for part in text.split("x"))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no number of devices; write for example 8, or 4x2") from error
+    if min(counts) < 1:
+        raise click.BadParameter(f"{text!r} has a level of {min(counts)} devices; each has at least 1")
+    return counts
+
+
+def parse_amounts(text: str) -> tuple[int, ...]:
+    """Bytes joined by commas, such as 10GB,1.25GB."""
+    return tuple(parse_amount(part) for part in text.split(","))
+
+
 def parse_amount(text: str) -> int:
     """Bytes such as 16GiB."""
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from pipeflow.cli.console import print_json, show
-from pipeflow.cli.options import json_option, parse_amount, parse_counts
+from pipeflow.cli.options import json_option, parse_amount, parse_amounts, parse_counts, parse_levels
 from pipeflow.cli.pins import pin_options
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.formats import FORMATS
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 @click.option(
     "--format", "form", type=click.Choice(list(FORMATS)), default="pipeflow", show_default=True, help="Of the file."
 )
-@click.option("--devices", type=click.IntRange(min=1), help="How many alike devices; by default as the file says.")
+@click.option(
+    "--devices",
+    type=parse_levels,
+    metavar="N[xN...]",
+    help="How many alike devices; by default as the file says. 4x2 is 2 machines of 4 devices.",
+)
 @click.option("--cluster", type=click.Path(exists=True, dir_okay=False), help="A cluster file, instead.")
 @click.option(
     "--memory",
@@ -35,9 +40,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--bandwidth",
-    type=parse_amount,
-    metavar="BYTES",
-    help="Of every link, per second, for example 10GB; by default the file's.",
+    type=parse_amounts,
+    metavar="BYTES[,BYTES...]",
+    help="Of every link, per second, for example 10GB, or of the links of each level; by default the file's.",
 )
 @click.option("--microbatches", type=click.IntRange(min=1), help="Into how many a batch is cut.")
 @click.option("--stages", type=click.IntRange(min=1), help="Exactly so many stages.")
@@ -61,10 +66,10 @@ def command(
     /,
     profile: str,
     form: str,
-    devices: int | None,
+    devices: tuple[int, ...] | None,
     cluster: str | None,
     memory: int | None,
-    bandwidth: int | None,
+    bandwidth: tuple[int, ...] | None,
     microbatches: int | None,
     stages: int | None,
     max_stages: int | None,
@@ -89,7 +94,7 @@ def command(
             num_devices=devices,
             cluster=None if cluster is None else Cluster.from_file(cluster),
             memory_bytes=memory,
-            bandwidth=bandwidth,
+            bandwidth=bandwidth[0] if bandwidth is not None and len(bandwidth) == 1 else bandwidth,
             num_microbatches=microbatches,
             num_stages=stages,
             max_stages=max_stages,

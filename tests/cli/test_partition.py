@@ -93,3 +93,21 @@ def test_a_profile_counts_as_its_own_planner_does(tmp_path: Path) -> None:
     # 1 MB there and back in 2 ms, after 6 ms, or beside them
     assert milliseconds("--transfers", "added", "--max-replicas", "1") == pytest.approx(8.0)
     assert milliseconds("--transfers", "overlapped", "--max-replicas", "1") == pytest.approx(6.0)
+
+
+def test_levels_of_links_are_planned_one_inside_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "small.graph.txt"
+    path.write_text(PIPEDREAM)
+    arguments = ["partition", str(path), "--format", "pipedream", "--json", "--devices", "2x2"]
+    done = CliRunner().invoke(cli, [*arguments, "--bandwidth", "10GB,1GB"])
+    assert done.exit_code == 0, done.output
+    # node2 on both devices of one machine: (6 + 4 * 1/2 * 1 MB / 10 GB/s) / 2
+    assert json.loads(done.stdout)["objective"] == pytest.approx(3.1)
+    assert json.loads(done.stdout)["devices"] == [[0, 1], [2, 3]]
+    for wrong, story in (("2x", "4x2"), ("0x2", "at least 1")):
+        done = CliRunner().invoke(cli, [*arguments[:-1], wrong])
+        assert done.exit_code == 2
+        assert story in done.stderr
+    done = CliRunner().invoke(cli, [*arguments, "--bandwidth", "1GB,2GB,3GB"])
+    assert done.exit_code == 2
+    assert "one bandwidth for all or for each" in done.stderr
