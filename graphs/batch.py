@@ -83,6 +83,17 @@ def _check_tensor(name: str, spec: TensorSpec, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise BatchError(f"{name!r} of the batch is a {type(tensor).__name__}; it must be a tensor, {spec}")
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout is not torch.strided or type(tensor) is not torch.Tensor:
+        kind = tensor.layout if type(tensor) is torch.Tensor else type(tensor).__name__
+        raise BatchError(
+            f"{name!r} of the batch is a {kind} tensor; it must be a plain one: give .to_dense() of a sparse tensor, "
+            ".as_subclass(torch.Tensor) of a subclass's"
+        )
+    if tensor.requires_grad:
+        raise BatchError(
+            f"{name!r} of the batch requires grad, but no gradient comes back to a batch; give .detach() of it, or "
+            "make what gives it a layer"
+        )
     sizes_fit = len(shape) == len(spec.shape) and not any(
         size != dim for size, dim in zip(shape, spec.shape, strict=True) if isinstance(dim, int)
     )

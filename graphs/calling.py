@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeflow.errors import GraphError
 from pipeflow.graphs.layer import Handle, Layer
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, describe, flatten, form_of, paths, rebuild, take
+from pipeflow.graphs.tensor_spec import ITEMSIZE_BY_DTYPE
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-/]*")
 
@@ -105,7 +106,24 @@ def read_results(name: str, kind: str, result: Any) -> tuple[tuple[Tensor, ...],
         raise GraphError(_no_results(name, kind, result, bad))
     if not tensors:
         raise GraphError(_no_results(name, kind, result, "no tensor"))
+    for tensor in tensors:
+        if kind_said := _unusual(tensor):
+            raise GraphError(
+                f"layer {name!r} ({kind}) gives a {kind_said} tensor, which cannot be sent as others are; give it as "
+                "plain tensors, such as indices and values, or keep the layers that pass it in one module"
+            )
     return tuple(tensors), nest
+
+
+def _unusual(tensor: Tensor) -> str:
+    """What keeps a tensor from being sent as numbers in order; "" for nothing."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "" if str(tensor.dtype).removeprefix("torch.") in ITEMSIZE_BY_DTYPE else str(tensor.dtype)
 
 
 def _no_results(name: str, kind: str, result: Any, why: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeCopyMode,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.calling import read_results
+from pipeflow.graphs.effects import Effects, check_effects, foreign_calls, kept_tensors
 from pipeflow.graphs.layer import Source, kind_of
+from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.norms import norm_calls
 from pipeflow.graphs.numerics import Numerics
@@ -48,6 +51,7 @@ class Run:
     norm_calls: tuple[str, ...]
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
+    kept: Mapping[str, torch.Tensor]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not annotated
@@ -64,6 +68,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's bas
         op = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.is_random = True
+        if op.startswith("quantize_per_"):
+            raise RuntimeError(
+                f"{op} makes a quantized tensor, which autograd and transfers do not know; fake-quantize"
+            )
         if op in _SAME_DTYPE_OPS or op in _NORM_OPS or op == "_prelu_kernel":
             _check_same_dtype(op, args)
         if op == "nll_loss_forward" or op == "nll_loss2d_forward":
@@ -95,37 +103,55 @@ def run(
     arguments: Nest,
     trial: Trial,
     numerics: Numerics | None = None,
+    earlier: Mapping[str, torch.Tensor] | None = None,
 ) -> Run:
-    """One training forward on fake tensors of the sizes to try."""
-    buffers = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
+    """One forward on fake tensors of the sizes to try.
+
+    Args:
+        name, source: of the layer.
+        function: its callable, in the mode that is to be seen.
+        mode: of its tensors.
+        inputs: specs of what it is called with.
+        arguments: the template of the call.
+        trial: the sizes.
+        numerics: the device and autocast to run under; by default the device of the weights alone.
+        earlier: what the run before left in the layer's attributes (`Run.kept`).
+    """
+    module = function if isinstance(function, nn.Module) else nn.Module()
+    buffers = dict(module.named_buffers())
     before = {n: b._version for n, b in buffers.items()}
+    there = {id(t) for t in kept_tensors(module).values()}
     # A module may already be on an accelerator; without data its inputs can be there too.
-    device = next((p.device for p in function.parameters()), None) if isinstance(function, nn.Module) else None
+    device = next((p.device for p in module.parameters()), None)
     if numerics is not None:
         device = torch.device(numerics.device)
-    autocast = nullcontext() if numerics is None else numerics.context()
-    with torch.enable_grad(), autocast, mode, norm_calls(function) as calls, _Watch() as watch:
+    effects = Effects(earlier or {})
+    with (
+        torch.enable_grad(),
+        nullcontext() if numerics is None else numerics.context(),
+        mode,
+        norm_calls(function) as calls,
+        foreign_calls(function) as foreign,
+        effects,
+        _Watch() as watch,
+    ):
         tensors = [_fake(spec, trial, device) for spec in inputs]
-        versions = [t._version for t in tensors]
         watch.is_random = False
+        effects.start((*tensors, *module.parameters()))
         try:
             args, kwargs = rebuild(arguments, tensors)
             result = function(*args, **kwargs)
         except Exception as error:
             raise _refusal(name, source, function, inputs, trial, error) from error
-    if changed := [i for i, (t, v) in enumerate(zip(tensors, versions, strict=True)) if t._version != v]:
-        raise GraphError(
-            f"layer {name!r} ({kind_of(source)}) changes its input {changed[0]} in place; other layers and backward "
-            "may need the tensor as it was: use the variant that gives a new one (inplace=False)"
-        )
-    after = dict(function.named_buffers()) if isinstance(function, nn.Module) else {}
+    outputs, results = read_results(name, kind_of(source), result)
+    kept = {n: t for n, t in kept_tensors(module).items() if id(t) not in there and effects.is_derived(t)}
+    check_effects(f"layer {name!r} ({kind_of(source)})", function, tensors, outputs, effects, foreign, kept)
     updated = {id(t) for t in watch.updated}
     mutated = frozenset(
         n
-        for n, b in after.items()
+        for n, b in module.named_buffers()
         if n not in buffers or b is not buffers[n] or b._version != before[n] or id(b) in updated
     )
-    outputs, results = read_results(name, kind_of(source), result)
     again = {i for i, t in enumerate(outputs) if any(t is other for other in outputs[:i])}
     return Run(
         outputs=outputs,
@@ -134,9 +160,15 @@ def run(
         mutated=mutated,
         norm_calls=tuple(calls),
         # One tensor given twice would have its gradients added in the order of no layout in particular.
-        strided_outputs=frozenset(i for i, t in enumerate(outputs) if not t.is_contiguous()) | again,
+        strided_outputs=frozenset(i for i, t in enumerate(outputs) if not is_straight(t)) | again,
         strided_gradients=_strided_gradients(mode, tensors, outputs),
+        kept=kept,
     )
+
+
+def is_straight(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor holds its numbers in order, and not their conjugates or negatives."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _strided_gradients(
@@ -156,7 +188,7 @@ def _strided_gradients(
             gradients = torch.autograd.grad(roots, [inputs[i] for i in learned], ones, allow_unused=True)
     except Exception:  # whatever a backward may need that is not here
         return frozenset(learned)
-    return frozenset(i for i, g in zip(learned, gradients, strict=True) if g is not None and not g.is_contiguous())
+    return frozenset(i for i, g in zip(learned, gradients, strict=True) if g is not None and not is_straight(g))
 
 
 def _fake(spec: TensorSpec, trial: Trial, device: torch.device | None) -> torch.Tensor:
@@ -173,6 +205,7 @@ def fake_copy(name: str, module: nn.Module, mode: FakeTensorMode) -> nn.Module:
             f"layer {name!r}: its {type(module).__name__} is on the meta device and has no weights to train; give "
             "pf.lazy(factory, ...) instead"
         )
+    check_module(name, module)
     try:
         with FakeCopyMode(mode):
             return copy.deepcopy(module).train()
@@ -192,6 +225,11 @@ def _refusal(
         return ShapeError(
             f"{who}, given {list_specs(inputs)}: what it gives depends on the data ({error}); shapes and control flow "
             "must follow from shapes alone"
+        )
+    if isinstance(error, UnsupportedOperatorException):
+        return ShapeError(
+            f"{who} uses {error}, whose result torch cannot tell without data (nested tensors, for example); pad, or "
+            "use operators that can run on the meta device"
         )
     reason = str(error).strip()
     if "convert all Tensors to FakeTensors" in reason:

@@ -22,6 +22,7 @@ from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
 from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.layer import Function, Instance, Lazy, Source
+from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.randomness import isolated
@@ -167,6 +168,7 @@ def _without_data(question: _Question, use: Callable[[_Question, Callable[..., A
             try:
                 with mode, torch.device("cpu"):  # built without memory
                     module = make_module(name, source).train()
+                check_module(name, module)
                 return use(question, module, mode)
             except Exception:
                 # Some factories need real numbers: what is wrong, if anything, shows below.
@@ -199,7 +201,10 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         with mode:
             numerics.as_run(module)
     given = (question.inputs, question.arguments)
-    runs = [run(name, source, function, mode, *given, trial, numerics) for trial in trials]
+    runs: list[Run] = []
+    for trial in trials:
+        kept = runs[-1].kept if runs else {}
+        runs.append(run(name, source, function, mode, *given, trial, numerics, kept))
     first = runs[0]
     for trial, other in zip(trials, runs, strict=True):
         if not alike(first.results, other.results):
@@ -240,7 +245,7 @@ def _check_evaluation(question: _Question, module: nn.Module, mode: FakeTensorMo
         evaluation = run(
             name, source, module.eval(), mode, question.inputs, question.arguments, trial, question.numerics
         )
-    except GraphError:
+    except ShapeError:
         return  # it cannot be known without data; whoever evaluates is told then
     finally:
         module.train()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,83 @@ def chain(*layers: object) -> pf.LayerGraph:
 
 def changes_its_input() -> None:
     chain(nn.ReLU(inplace=True))
+
+
+class Clamping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(-1, 1)
+        return super().forward(x)
+
+
+class Remembering(nn.Module):
+    state: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.state
+        self.state = x.mean(0)
+        return x
+
+
+class Leaving(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.auxiliary = x.square().mean()
+        return super().forward(x)
+
+
+def changes_its_weights() -> None:
+    chain(Clamping(4, 4))
+
+
+def keeps_state() -> None:
+    chain(Remembering())
+
+
+def leaves_a_loss() -> None:
+    chain(Leaving(4, 4))
+
+
+def calls_a_module_of_its_own() -> None:
+    chain(lambda x: nn.Dropout()(x))
+
+
+def hook_on_a_parameter() -> None:
+    linear = nn.Linear(4, 4)
+    linear.weight.register_hook(lambda gradient: 2 * gradient)  # type: ignore[no-untyped-call]
+    chain(linear)
+
+
+def shapes_of_the_first_call() -> None:
+    chain(pf.lazy(nn.LazyLinear, 4))
+
+
+class Labelled(Tensor):
+    pass
+
+
+def subclass_of_tensor() -> None:
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Labelled))
+    chain(linear)
+
+
+def sparse_gradients() -> None:
+    graph = pf.LayerGraph("sparse")
+    graph.add("embedding", nn.Embedding(8, 4, sparse=True), graph.input("x", ("B",), "int64"))
+
+
+def sparse_between_layers() -> None:
+    chain(Tensor.to_sparse)
+
+
+def script() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted: object = torch.jit.script(nn.Linear(4, 4))
+    chain(scripted)
+
+
+def batch_with_gradient() -> None:
+    chain().check_batch({"x": torch.ones(2, 4, requires_grad=True)})
 
 
 def two_limits_of_one_length() -> None:
@@ -171,7 +249,18 @@ def missing_device() -> None:
 
 
 REFUSED: dict[str, Callable[[], object]] = {
-    "a layer that changes its input in place": changes_its_input,
+    "a layer that changes its input in place, in training or in evaluation": changes_its_input,
+    "a layer that changes its weights in forward": changes_its_weights,
+    "a layer that keeps state in attributes from call to call": keeps_state,
+    "an auxiliary loss left in an attribute": leaves_a_loss,
+    "a function that calls modules of its own, a hook that closes over another layer": calls_a_module_of_its_own,
+    "a hook on a parameter, which no copy has": hook_on_a_parameter,
+    "parameters without a shape until the first call": shapes_of_the_first_call,
+    "parameters that are tensor subclasses or sparse": subclass_of_tensor,
+    "sparse gradients": sparse_gradients,
+    "sparse, nested and quantized tensors between layers": sparse_between_layers,
+    "TorchScript": script,
+    "a batch that requires grad": batch_with_gradient,
     "two inputs that say other limits of one length": two_limits_of_one_length,
     "a graph without a batch dimension": no_batch_dimension,
     "more micro-batches than the plan has": too_many_microbatches,

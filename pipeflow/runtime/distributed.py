@@ -371,7 +371,7 @@ class DistributedTransport:
 
     def broadcast_in_stage(self, tensor: Tensor, stage: int) -> None:
         """Gives all replicas of a stage the tensor of its first, in place."""
-        dist.broadcast(tensor.detach(), self._placement[stage][0], group=self._reduce[stage])
+        dist.broadcast(_as_bytes(tensor.detach()), self._placement[stage][0], group=self._reduce[stage])
 
     def give(self, tensor: Tensor | None, name: str, microbatch: int, owner: int) -> Tensor:
         """Gives every rank a tensor of the graph that rank `owner` has, of a micro-batch of the last step."""
@@ -385,7 +385,7 @@ class DistributedTransport:
             copy = tensor.detach().contiguous().clone()
         else:
             copy = torch.empty(shape, dtype=dtype, device=self._device)
-        dist.broadcast(copy, owner, group=self._world)
+        dist.broadcast(_as_bytes(copy), owner, group=self._world)
         return copy
 
     # --- failure --------------------------------------------------------------------------
@@ -427,3 +427,8 @@ class DistributedTransport:
         for group in (*self._reduce.values(), self._control):
             with suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(group)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory for a broadcast: gloo knows fewer dtypes than torch (int16 and float8 are not among them)."""
+    return tensor.view(-1).view(torch.uint8) if tensor.is_contiguous() else tensor

@@ -1,5 +1,7 @@
 """Tensors between layers are contiguous, forward and backward, in any layout and on one device.
 
+So are conjugates and negatives, which torch may hold as a mark on the memory of the number itself.
+
 Kernels add in another order over a view than over a contiguous tensor, which shows in the last
 bit. What crosses between ranks is contiguous when it arrives; what stays where it is would not
 be, and a cut would change the training. So where a layer is known to give a view, or a gradient
@@ -24,7 +26,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+        return gradient.resolve_conj().resolve_neg().contiguous()
 
 
 def straight(value: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: f
         if tolerance is None or not value.is_floating_point():
             assert torch.equal(value, other), f"{story}: {name!r} differs by {(value - other).abs().max():.3g}"
         else:
-            error = (value - other).norm() / max(1.0, float(value.norm()))
+            exact = value.to(torch.float64)
+            error = (exact - other.to(torch.float64)).norm() / max(1.0, float(exact.norm()))
             assert error <= tolerance, f"{story}: {name!r} differs by {float(error):.3g} relative"
 
 

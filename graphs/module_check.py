@@ -1,0 +1,88 @@
+"""What a module must not have before it can be a layer, since its copies would not have it.
+
+A graph runs copies of the modules that it is given. What torch does not copy, or copies as
+something that still belongs to the original, is refused here; by looking alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+from pipeflow.errors import GraphError
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Refuses a module whose copies would not train as it does.
+
+    Args:
+        name: of the layer, for errors.
+        module: as it was given, or built.
+
+    Raises:
+        GraphError: names what it has and the remedy.
+    """
+    who = f"layer {name!r} ({type(module).__name__})"
+    if script := next((path for path, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None):
+        raise GraphError(f"{who} holds TorchScript at {script!r}, {_SCRIPT}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise GraphError(f"{who} is TorchScript, {_SCRIPT}")
+    for local, tensor in (*module.named_parameters(), *module.named_buffers()):
+        _check_tensor(who, local, tensor)
+    for path, part in module.named_modules():
+        for hook in _hooks(part):
+            if held := _closed_over(hook):
+                raise GraphError(
+                    f"{who} has a hook {f'on {path!r} ' if path else ''}that closes over a {held}; copies of the "
+                    "layer would still use the original: make it a part of the module, or of its forward"
+                )
+
+
+_SCRIPT = "which cannot be looked into; give the module that it was made from"
+
+
+def _check_tensor(who: str, local: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise GraphError(
+            f"{who}: its {local!r} gets its shape in the first call, too late for costs, plans and optimizers; give "
+            "the sizes (nn.Linear for nn.LazyLinear), or call the module once before"
+        )
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = type(tensor).__name__ if type(tensor) not in _PLAIN else str(tensor.layout)
+        kind = "quantized" if tensor.is_quantized else kind
+        raise GraphError(
+            f"{who}: its {local!r} is a {kind} tensor, which cannot be copied, reduced and saved as others are; use a "
+            "plain torch.Tensor"
+        )
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise GraphError(
+            f"{who}: its {local!r} has a hook, which torch does not copy with it; register a full backward hook on "
+            "the module, or give Engine parameter_groups=, clip_norm= or clip_value="
+        )
+
+
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, table, {}).values()
+
+
+def _closed_over(hook: Callable[..., Any]) -> str:
+    """The class of a module or tensor in the closure of a hook; torch copies methods with their modules."""
+    if not isinstance(hook, FunctionType):
+        return ""
+    for cell in hook.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:  # empty
+            continue
+        if isinstance(held, nn.Module | Tensor):
+            return type(held).__name__
+    return ""

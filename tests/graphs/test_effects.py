@@ -1,0 +1,248 @@
+"""Layers that do more than give their outputs: what is refused, by name, and what is fine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pipeflow as pf
+from pipeflow.errors import BatchError, GraphError
+
+
+class Around(nn.Module):
+    """A linear layer and what a function makes of it."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def declare(layer: object) -> pf.LayerGraph:
+    graph = pf.LayerGraph("g")
+    hidden = graph.add("hidden", pf.lazy(nn.Linear, 8, 8), graph.input("x", ("B", 8)))
+    graph.add("e", layer, hidden)
+    return graph
+
+
+def refuse(layer: object, words: str) -> None:
+    with pytest.raises(GraphError, match=words) as caught:
+        declare(layer)
+    assert "'e'" in str(caught.value)
+
+
+# -- in place --------------------------------------------------------------------------------
+
+
+def past_autograd(x: Tensor) -> Tensor:
+    x.data.add_(1)
+    return x * 1
+
+
+def past_a_view(x: Tensor) -> Tensor:
+    x[:, 0].detach().zero_()
+    return x * 1
+
+
+def in_a_structure(parts: dict[str, list[Tensor]]) -> Tensor:
+    return parts["a"][1].mul_(2)
+
+
+def its_own(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0].mul_(2)
+    return y
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), past_autograd, past_a_view])
+def test_an_input_changed_in_place_is_seen_whatever_the_way(layer: object) -> None:
+    refuse(layer, "changes its input 0 in place.*inplace=False")
+    declare(its_own)
+
+
+def test_an_input_changed_inside_a_structure_or_in_evaluation_is_seen() -> None:
+    graph = declare(torch.relu)
+    both = [graph.add("one", torch.tanh, "e"), graph.add("two", torch.tanh, "e")]
+    with pytest.raises(GraphError, match="'f'.*changes its input 1 in place"):
+        graph.add("f", in_a_structure, {"a": both})
+    refuse(Around(lambda m, x: m.linear(x) if m.training else m.linear(x.relu_())), "changes its input 0 in place")
+
+
+def clamped(module: Any, x: Tensor) -> Any:
+    module.linear.weight.data.clamp_(-0.1, 0.1)
+    return module.linear(x)
+
+
+def test_weights_changed_in_forward_are_refused() -> None:
+    refuse(Around(clamped), r"changes its parameter 'linear\.weight' in forward")
+    declare(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))  # a new weight each time
+
+
+# -- state -----------------------------------------------------------------------------------
+
+
+def remembering(module: Any, x: Tensor) -> Any:
+    state = getattr(module, "state", None)
+    module.state = x.mean(0).detach()
+    return module.linear(x if state is None else x + state)
+
+
+def listing(module: Any, x: Tensor) -> Any:
+    module.auxiliary = {"losses": [module.linear(x).square().mean()]}
+    return module.linear(x)
+
+
+def noting(module: Any, x: Tensor) -> Any:
+    module.seen = module.linear(x)
+    return module.seen * 2
+
+
+def caching(module: Any, x: Tensor) -> Any:
+    if getattr(module, "table", None) is None:
+        module.table = torch.arange(8) / 8
+    return module.linear(x) + module.table
+
+
+def test_what_one_call_leaves_for_the_next_is_refused() -> None:
+    refuse(Around(remembering), "reads what an earlier call left in its attribute 'state'")
+
+
+def test_a_loss_that_nobody_can_read_is_refused() -> None:
+    refuse(Around(listing), "keeps a tensor with a gradient in its attribute 'auxiliary'.*return it as an output")
+
+
+@pytest.mark.parametrize("function", [noting, caching])
+def test_notes_and_tables_are_fine(function: Callable[..., Any]) -> None:
+    """What is overwritten in each call, or the same in each, makes no call depend on another."""
+    declare(Around(function))
+
+
+# -- what a copy would not have ----------------------------------------------------------------
+
+DROPOUT, LINEAR = nn.Dropout(0.5), nn.Linear(8, 8)
+
+
+def dropped(x: Tensor) -> Any:
+    return DROPOUT(x)
+
+
+class Hidden(nn.Module):
+    """Keeps a layer where torch does not look for layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(8, 8)]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize(
+    "layer", [dropped, lambda x: nn.Dropout()(x), Hidden(), pf.lazy(Hidden)], ids=lambda f: str(f)[:20]
+)
+def test_modules_that_are_no_part_of_the_layer_are_refused(layer: object) -> None:
+    refuse(layer, "is no part of it.*a module that registers it")
+
+
+def test_functions_may_call_layers_without_weights_and_modes() -> None:
+    declare(lambda x: nn.Flatten()(nn.functional.relu(x)))
+
+
+def hooked(register: Callable[[nn.Linear], object]) -> nn.Linear:
+    linear = nn.Linear(8, 8)
+    register(linear)
+    return linear
+
+
+def closes_over(other: nn.Module) -> Callable[..., Any]:
+    return lambda module, inputs, output: other(output)
+
+
+def closes_over_backward(other: nn.Module) -> Callable[..., Any]:
+    def hook(module: nn.Module, given: Any, wanted: Any) -> Any:
+        return (other(given[0]),)
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("register", "words"),
+    [
+        (lambda m: m.weight.register_hook(lambda g: g * 0), "'weight' has a hook, which torch does not copy"),
+        (lambda m: m.bias.register_post_accumulate_grad_hook(lambda p: None), "'bias' has a hook"),
+        (lambda m: m.register_forward_hook(closes_over(LINEAR)), "hook that closes over a Linear"),
+        (lambda m: m.register_forward_hook(closes_over(DROPOUT)), "hook that closes over a Dropout"),
+        (lambda m: m.register_full_backward_hook(closes_over_backward(LINEAR)), "hook that closes over a Linear"),
+    ],
+)
+def test_hooks_that_would_not_follow_the_copies_are_refused(register: Callable[..., object], words: str) -> None:
+    refuse(hooked(register), words)
+
+
+class Labelled(torch.Tensor):
+    """A tensor of somebody's own kind."""
+
+
+def scripted() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Linear(8, 8))
+
+
+class Indexed(nn.Module):
+    """Embeds the largest feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8, sparse=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.embedding(x.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.LazyLinear(8), "'weight' gets its shape in the first call.*nn.Linear for nn.LazyLinear"),
+        (pf.lazy(nn.LazyLinear, 8), "'weight' gets its shape in the first call"),
+        (scripted(), "is TorchScript.*the module that it was made from"),
+        (nn.Sequential(scripted()), "holds TorchScript at '0'"),
+        (
+            hooked(lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach().as_subclass(Labelled)))),
+            "'weight' is a Labelled tensor",
+        ),
+        (pf.lazy(Indexed), "gives sparse gradients.*sparse=False"),
+        (lambda x: x.to_sparse(), "gives a sparse_coo tensor"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "makes a quantized tensor"),
+        (lambda x: torch.nested.as_nested_tensor([x[0], x[1]]), "nested tensors, for example"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_tensors_that_are_not_like_others_are_refused(layer: object, words: str) -> None:
+    refuse(layer, words)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.ones(4, 8).to_sparse(), "sparse_coo"),
+        (torch.ones(4, 8).as_subclass(Labelled), "Labelled"),
+        (torch.ones(4, 8, requires_grad=True), "requires grad.*detach"),
+    ],
+)
+def test_batches_of_other_tensors_are_refused(x: Tensor, words: str) -> None:
+    with pytest.raises(BatchError, match=words):
+        declare(torch.relu).check_batch({"x": x})
+
+
+def test_torch_checkpoint_is_fine() -> None:
+    declare(Around(lambda m, x: checkpoint(m.linear, x, use_reentrant=False)))
