@@ -53,6 +53,17 @@ def exhaustive(problem: PartitionProblem) -> Partition:
     return certified(problem, search.best_stages, partitioner="exhaustive", lower_bound=bound)
 
 
+def is_feasible(problem: PartitionProblem) -> bool:
+    """Whether any partition fits, by looking for one until it is found or cannot be.
+
+    Takes as long as `exhaustive` where there is none.
+    """
+    search = _Search(problem, any_will_do=True)
+    for used in range(1, problem.device_limit + 1):
+        search.run(used)
+    return search.best_stages is not None
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """What a set of atoms costs as a stage, at least: exact but for links and fan-out."""
@@ -71,6 +82,7 @@ class _Search:
 
     problem: PartitionProblem
     memory_factor: float = 1.0
+    any_will_do: bool = False
     best: float = math.inf
     best_stages: tuple[Stage, ...] | None = None
     blocks: dict[int, _Block] = field(default_factory=dict)
@@ -95,6 +107,8 @@ class _Search:
     def _extend(self, rest: int, free: tuple[int, ...], left: int, later: list[tuple[int, tuple[int, ...]]]) -> None:
         """Puts another stage before `later`; `left` devices are still to be used for the atoms `rest`."""
         count = self.problem.stage_count
+        if self.any_will_do and self.best_stages is not None:
+            return
         if not rest:
             if not left and count in (None, len(later)) and self._is_placed(later):
                 self._price(later)

@@ -1,4 +1,4 @@
-"""Why a problem has no partition: which device lacks how many bytes and for what.
+"""Why a problem has no partition: which pins contradict each other, which device lacks what.
 
 The quick reasons are found without a search; where only a search can tell, the partitioner
 hands over the cut that comes closest and gets the shortfall in words.
@@ -11,14 +11,16 @@ from collections.abc import Sequence
 
 from pipeflow.errors import Infeasible, PlanError
 from pipeflow.partitioners.cluster import Device
+from pipeflow.partitioners.contradiction import pins_contradict
 from pipeflow.partitioners.objective import StageTerms, device_bytes, stage_terms
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.rules import smallest_contradiction
 from pipeflow.units import format_bytes
 
 
 def require_feasible(problem: PartitionProblem, *, nests: bool = False) -> None:
-    """Raises `Infeasible` for what can be told without a search: counts, layers and totals too large.
+    """Raises `Infeasible` for what can be told without a search: pins, counts, layers and totals too large.
 
     Args:
         nests: whether the partitioner plans levels one inside the other.
@@ -28,9 +30,19 @@ def require_feasible(problem: PartitionProblem, *, nests: bool = False) -> None:
     """
     if problem.nested and not nests:
         raise PlanError("only the partitioners 'nested' and 'auto' plan levels one inside the other; use one of them")
+    if reason := quick_reason(problem):
+        raise Infeasible([reason])
+    if pins_contradict(problem):
+        rules = smallest_contradiction(problem, lambda p: pins_contradict(p) or quick_reason(p) is not None)
+        raise Infeasible([rule.text for rule in rules], rules)
+
+
+def quick_reason(problem: PartitionProblem) -> str | None:
+    """What is too large, as far as it shows without a search."""
     for check in (_count_reason, _replica_reason, _atom_reason, _total_reason):
         if reason := check(problem):
-            raise Infeasible([reason])
+            return reason
+    return None
 
 
 def memory_limits(problem: PartitionProblem) -> list[float]:
@@ -72,10 +84,10 @@ def _replica_counts(problem: PartitionProblem) -> list[int]:
 
 
 def _atom_reason(problem: PartitionProblem) -> str | None:
-    """The atom that lacks most on the largest device, if any does."""
+    """The atom that lacks most on the largest device, or the one it is pinned to, if any does."""
     limits = memory_limits(problem)
     largest = max(range(len(limits)), key=limits.__getitem__)
-    if limits[largest] == math.inf:
+    if limits[largest] == math.inf and not problem.pinned.devices:
         return None
     atoms, microbatches = problem.atoms, problem.num_microbatches
     worst, story = 0.0, None
@@ -88,7 +100,8 @@ def _atom_reason(problem: PartitionProblem) -> str | None:
         versions = min(problem.weight_versions(Position(r, r, microbatches)) for r in allowed)
         activations = in_flight * int(atoms.saved_bytes[atom])
         parts = _parts(problem, int(atoms.parameter_bytes[atom]), activations, in_flight, versions)
-        lacking = sum(n for n, _ in parts) - limits[largest]
+        place = min(problem.pinned.devices.get(atom, (largest,)), key=limits.__getitem__)
+        lacking = sum(n for n, _ in parts) - limits[place]
         if lacking > worst:
             names = ", ".join(repr(n) for n in atoms.members[atom][:4]) + (
                 ", ..." if len(atoms.members[atom]) > 4 else ""
@@ -96,8 +109,9 @@ def _atom_reason(problem: PartitionProblem) -> str | None:
             one = len(atoms.members[atom]) == 1
             subject = f"layer {names} needs" if one else f"layers {names} share a stage and need"
             worst = lacking
-            device = _device(problem.cluster.devices[largest])
-            story = f"{subject} {_sum(parts)}; {device}, the largest, lacks {format_bytes(lacking)}"
+            device = _device(problem.cluster.devices[place])
+            which = "to which it is pinned" if atom in problem.pinned.devices else "the largest"
+            story = f"{subject} {_sum(parts)}; {device}, {which}, lacks {format_bytes(lacking)}"
     return story
 
 

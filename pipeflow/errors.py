@@ -6,7 +6,8 @@ anything else of pipeflow, nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,15 +40,45 @@ class PlanError(PipeflowError, ValueError):
     """A plan, or a request for one, that breaks a rule of planning."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule of a partition problem, as data.
+
+    Attributes:
+        kind: "pin", "together", "apart", "no_cut", "max_layers", "colocated", "replicas",
+            "num_stages", "max_stages", "max_replicas", "not_replicable" or "memory".
+        index: which of its kind: of a pin or group among the pins, a layer, or a device.
+        text: the rule in words.
+        layers: that it names.
+        devices: that it names.
+    """
+
+    kind: str
+    index: int
+    text: str
+    layers: tuple[str, ...] = ()
+    devices: tuple[int, ...] = ()
+
+
 class Infeasible(PlanError):
-    """No partition satisfies the problem. `reasons` is a smallest set that explains it."""
+    """No partition satisfies the problem.
 
-    def __init__(self, reasons: tuple[str, ...] | list[str]) -> None:
+    Attributes:
+        reasons: why, in sentences.
+        rules: a smallest set of the problem's rules that leaves no partition: without any one of
+            them there is one. Empty where a search found nothing but proved nothing either.
+    """
+
+    def __init__(self, reasons: Sequence[str], rules: Sequence[Rule] = ()) -> None:
         self.reasons = tuple(reasons)
-        super().__init__("; ".join(self.reasons))
+        self.rules = tuple(rules)
+        told = "; ".join(self.reasons)
+        if len(self.rules) > 1 and self.reasons == tuple(rule.text for rule in self.rules):
+            told = f"these rules leave no partition, drop one of them: {told}"
+        super().__init__(told)
 
-    def __reduce__(self) -> tuple[type[Infeasible], tuple[tuple[str, ...]]]:
-        return type(self), (self.reasons,)
+    def __reduce__(self) -> tuple[type[Infeasible], tuple[tuple[str, ...], tuple[Rule, ...]]]:
+        return type(self), (self.reasons, self.rules)
 
 
 class VerificationError(PipeflowError):

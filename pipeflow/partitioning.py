@@ -22,6 +22,7 @@ from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster, Device, Level
+from pipeflow.partitioners.infeasible import explained
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, stashed
@@ -119,7 +120,10 @@ def partition(
             raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
         partitioner = PARTITIONERS[partitioner]
     begin = time.perf_counter()
-    found = partitioner(problem)
+    try:
+        found = partitioner(problem)
+    except Infeasible as error:
+        raise explained(problem, error) from None
     seconds = time.perf_counter() - begin
     unit, certificate = profile.seconds_per_unit, found.certificate
     return PartitionReport(

@@ -16,6 +16,7 @@ from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import GraphCosts, total_seconds
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.infeasible import explained
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem
@@ -194,7 +195,10 @@ class _Search:
             if best is None or tried.rank < best.rank:
                 best = tried
         if best is None:
-            raise _joined(refused)
+            if self.recompute:
+                raise _joined(refused)  # the rules would be those of stages that recompute nothing
+            smallest, _ = max(problems, key=lambda pair: pair[0].num_microbatches)
+            raise explained(smallest, _joined(refused))
         return best.plan
 
     def _affordable(self, counts: Sequence[int]) -> list[int]:

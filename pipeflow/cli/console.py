@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from pipeflow.errors import Infeasible
 from pipeflow.report.table import Table, print_table
 
 Advance = Callable[[str], None]
@@ -23,6 +24,12 @@ Advance = Callable[[str], None]
 def print_json(document: Mapping[str, Any]) -> None:
     """Writes the document to stdout. Figures that are no numbers stand as null, which JSON can hold."""
     click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def infeasible_document(error: Infeasible) -> dict[str, Any]:
+    """What `--json` prints where nothing fits: why, and the smallest set of rules behind it."""
+    rules = [{"kind": r.kind, "text": r.text, "layers": r.layers, "devices": r.devices} for r in error.rules]
+    return {"feasible": False, "reasons": list(error.reasons), "rules": rules}
 
 
 def show(table: Table) -> None:

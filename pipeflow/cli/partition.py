@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from pipeflow.cli.console import print_json, show
+from pipeflow.cli.console import infeasible_document, print_json, show
 from pipeflow.cli.options import json_option, parse_amount, parse_amounts, parse_counts, parse_levels
 from pipeflow.cli.pins import pin_options
 from pipeflow.errors import Infeasible
@@ -107,7 +107,7 @@ def command(
     except Infeasible as error:
         if not as_json:
             raise
-        print_json({"feasible": False, "reasons": list(error.reasons)})
+        print_json(infeasible_document(error))
         context.exit(1)
     if as_json:
         print_json(found.model_dump(mode="json"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pipeflow.cli.console import print_json, working
+from pipeflow.cli.console import infeasible_document, print_json, working
 from pipeflow.cli.options import json_option, planning_options
 from pipeflow.cli.planning import Request, load_source, make_plan
 from pipeflow.errors import Infeasible
@@ -36,7 +36,7 @@ def command(
     except Infeasible as error:
         if not as_json:
             raise
-        print_json({"feasible": False, "reasons": list(error.reasons)})
+        print_json(infeasible_document(error))
         context.exit(1)
     if output is not None:
         plan.save(output)

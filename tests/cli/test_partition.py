@@ -30,7 +30,9 @@ def test_what_does_not_fit_is_a_negative_result(costs_file: Path) -> None:
     assert CliRunner().invoke(cli, arguments).exit_code == 1
     done = CliRunner().invoke(cli, [*arguments, "--json"])
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["feasible"] is False
+    document = json.loads(done.stdout)
+    assert document["feasible"] is False
+    assert [(rule["kind"], rule["devices"]) for rule in document["rules"]] == [("memory", [0]), ("memory", [1])]
 
 
 def test_a_file_of_another_format_is_a_wrong_call(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_a_layer_is_on_the_stage_it_is_pinned_to_or_the_row_refuses(name: str) -
 
 def test_the_even_cut_says_which_pin_it_breaks() -> None:
     assert PARTITIONERS["uniform"](six(Pins(on=(Pin(layer="a", device=2),)))).stages[0].devices == (2,)
-    with pytest.raises(Infeasible, match=r"layer 'a' is pinned to stage 2, but is on stage 0 of 3; use another"):
-        PARTITIONERS["uniform"](six(Pins(on=(Pin(layer="a", stage=2),)), num_stages=3))
+    with pytest.raises(Infeasible, match=r"layer 'c' is pinned to stage 2, but is on stage 1 of 3; use another"):
+        PARTITIONERS["uniform"](six(Pins(on=(Pin(layer="c", stage=2),)), num_stages=3))
     with pytest.raises(Infeasible, match=r"layers 'a' and 'b' are to be apart, but are both on stage 0; use another"):
         PARTITIONERS["uniform"](six(Pins(apart=(("a", "b"),))))
 
