@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
+from pipeflow.graphs.decoding import decoding_of
 from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
-from pipeflow.graphs.layer import Function, Instance, Lazy, Source
+from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
@@ -43,6 +44,7 @@ class Inferred:
         is_random: whether random numbers are drawn.
         mutated_buffers: names of buffers that the forward changes.
         norm_calls: paths of the norms with running statistics that it calls, in order.
+        decoding: how it runs a few steps of a sequence at a time.
         strided_outputs: positions of outputs that are not contiguous.
         strided_gradients: positions of inputs whose gradients are not contiguous.
         parameters: spec of each parameter by its name in the module; each of a tie.
@@ -56,6 +58,7 @@ class Inferred:
     is_random: bool
     mutated_buffers: tuple[str, ...]
     norm_calls: tuple[str, ...]
+    decoding: Decoding
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
     parameters: Mapping[str, TensorSpec]
@@ -224,6 +227,7 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         is_random=any(r.is_random for r in runs),
         mutated_buffers=tuple(n for n in buffers if n in mutated),
         norm_calls=first.norm_calls if all(r.norm_calls == first.norm_calls for r in runs) else (),
+        decoding=decoding_of(function),
         strided_outputs=frozenset().union(*(r.strided_outputs for r in runs)),
         strided_gradients=frozenset().union(*(r.strided_gradients for r in runs)),
         parameters={n: spec_of(p) for n, p in parameters.items()},

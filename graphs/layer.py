@@ -57,6 +57,19 @@ class Function:
 Source = Instance | Lazy | Function
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a layer is run a few steps at a time.
+
+    Attributes:
+        keeps_state: whether it has `decode`, and is called by it.
+        obstacle: why its result would not be that of the whole sequence; empty where nothing is known.
+    """
+
+    keeps_state: bool = False
+    obstacle: str = ""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """One layer.
@@ -83,6 +96,7 @@ class Layer:
         norm_calls: paths of torch's norms with running statistics that it calls, in order (`norms`).
         strided_outputs: positions of outputs that it gives as views which are not contiguous.
         strided_gradients: positions of inputs whose gradients it gives as such.
+        decoding: how it runs a few steps of a sequence at a time (`decoding`).
         has_backward: whether training's backward passes through it.
     """
 
@@ -102,6 +116,7 @@ class Layer:
     strided_outputs: frozenset[int] = frozenset()
     strided_gradients: frozenset[int] = frozenset()
     has_backward: bool = False
+    decoding: Decoding = Decoding()
     arguments: Nest | None = None
     results: Nest | None = None
 

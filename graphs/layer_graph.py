@@ -251,6 +251,7 @@ class LayerGraph:
             is_random=facts.is_random,
             mutated_buffers=facts.mutated_buffers,
             norm_calls=facts.norm_calls,
+            decoding=facts.decoding,
             strided_outputs=facts.strided_outputs,
             strided_gradients=facts.strided_gradients,
             results=None if calling.is_plain_result(facts.results) else facts.results,

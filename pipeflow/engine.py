@@ -26,6 +26,7 @@ from pipeflow.program import Mode, Send, Step
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.checkpoint import Progress
+from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_callables
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
@@ -57,11 +58,13 @@ class _Job(NamedTuple):
     Attributes:
         phase: of the graph; None for all of it.
         outputs: the tensors to keep of a prediction; None for no prediction.
+        session: of decoding, with states of its own.
     """
 
     work: Work
     phase: str | None = None
     outputs: tuple[str, ...] | None = None
+    session: DecodeSession | None = None
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -122,6 +125,7 @@ class Engine(AbstractContextManager["Engine"]):
         self.plan = plan
         self._measure = measure
         self._step = 0
+        self._loads = 0
         self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
         self._failed: str | None = None
         self._optimizers = for_each_phase(graph, optimizer, "optimizer")
@@ -219,24 +223,17 @@ class Engine(AbstractContextManager["Engine"]):
         return frozenset(graph.layers) if job.outputs is None else needed_layers(graph, job.outputs)
 
     def _bind(self, job: _Job, rank: int) -> Executor:
-        work, phase, outputs = job
+        work, phase, outputs, session = job
         train, prepared = work != "infer", self._prepared[phase]
         graph, program = prepared.graph, prepared.programs[Mode.TRAIN if train else Mode.INFER]
         layers = self._layers(job)
-        stages = {
-            index: StageState(
-                compile_stage(
-                    graph,
-                    index,
-                    [layer for layer in replica.layers if layer in layers],
-                    prepared.flows,
-                    {name: self._numerics.wrapped(function) for name, function in replica.functions.items()},
-                    train=train,
-                ),
-                replica,
-            )
-            for index, replica in self._replicas[rank].items()
-        }
+        stages = {}
+        for index, replica in self._replicas[rank].items():
+            names = [layer for layer in replica.layers if layer in layers]
+            callables, keyed = replica.callables if session is None else decoding_callables(graph, replica)
+            functions = {name: self._numerics.wrapped(function) for name, function in callables.items()}
+            compiled = compile_stage(graph, index, names, prepared.flows, functions, train=train)
+            stages[index] = StageState(compiled, replica, keyed_layers=keyed)
         for index, stage in stages.items() if train else ():
             fuse_runs(stage.compiled, self.plan.stages[index].recompute, prepared.flows, stage.replica.modules)
         device = self._devices[rank]
@@ -370,16 +367,64 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = tuple(self.graph.outputs if outputs is None else outputs)
         check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
-        job = _Job("infer", outputs=names)
+        return self._predict(_Job("infer", outputs=names), batch)
+
+    def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
+        """Opens a session that runs sequences a few steps at a time, and remembers what came before.
+
+        Layers that look back have a method `decode(state, *inputs)` that gives (result, new state); the
+        state is None at first, stays where the layer is, one for each micro-batch, and may grow. Other
+        layers are called as ever. Under `torchrun` every rank opens the session and takes its steps.
+
+        >>> with engine.decode(batch_size=4) as session:                          # doctest: +SKIP
+        ...     logits = session.step({"tokens": prompts})["logits"]
+        ...     for _ in range(20):
+        ...         token = logits[:, -1:].argmax(-1)
+        ...         logits = session.step({"tokens": token})["logits"]
+
+        Args:
+            batch_size: sequences, the same in every step.
+            outputs: as for `predict`.
+
+        Raises:
+            EngineError: no layer looks back, or one is known to and has no `decode`.
+        """
+        names = tuple(self.graph.outputs if outputs is None else outputs)
+        check_outputs(self.graph, names, whole=True)
+        check_decoding(self.graph, names, batch_size)
+        weights = self._weights
+
+        def run(session: DecodeSession, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if self._weights != weights:
+                raise EngineError(
+                    "the weights have changed since this decode session was opened, and what it remembers is of those "
+                    "before; open another"
+                )
+            return self._predict(_Job("infer", outputs=names, session=session), batch)  # type: ignore[return-value]
+
+        def end(session: DecodeSession) -> None:
+            job = _Job("infer", outputs=names, session=session)
+            self._executors.pop(job, None)
+            self._needs.pop(job, None)
+
+        return DecodeSession(batch_size, run, end)
+
+    @property
+    def _weights(self) -> tuple[int, int]:
+        """Changes when weights may have."""
+        return self._calls, self._loads
+
+    def _predict(self, job: _Job, batch: Batch) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         microbatches = self._run(job, batch)[1]
         states = {rank: executor.state for rank, executor in self._executor(job).items()}
-        return gather_outputs(self.graph, self.plan, names, microbatches, states, self._remote)
+        return gather_outputs(self.graph, self.plan, job.outputs or (), microbatches, states, self._remote)
 
     def _run(self, job: _Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
         executors = self._executor(job)
         microbatches = self._check_batch(job, batch)
+        draw = self._calls + (job.session.num_steps if job.session is not None else 0)
         train, graph = job.work != "infer", self._prepared[job.phase].graph
         loss_scale = self.loss_scale or 1.0
 
@@ -390,9 +435,7 @@ class Engine(AbstractContextManager["Engine"]):
                     replica.enter(job.phase)
             try:
                 with torch.set_grad_enabled(train):
-                    executors[rank].run(
-                        microbatches, step=self._step, share=share, draw=self._calls, loss_scale=loss_scale
-                    )
+                    executors[rank].run(microbatches, step=self._step, share=share, draw=draw, loss_scale=loss_scale)
             except NonFiniteError:
                 raise  # every rank raises it by itself
             except BaseException as error:
@@ -413,7 +456,10 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:
-            return make_microbatches(self.graph, batch, self.plan.num_microbatches, self._needs[job])
+            microbatches = make_microbatches(self.graph, batch, self.plan.num_microbatches, self._needs[job])
+            if job.session is not None:
+                job.session.check_rows(microbatches)
+            return microbatches
         except BatchError as error:
             if self._remote is not None:
                 self._spread(_batch_failure(error, self._remote.rank, self._step))
@@ -479,6 +525,7 @@ class Engine(AbstractContextManager["Engine"]):
             CheckpointError: a name is missing or unknown, or a shape or dtype differs.
         """
         names = (*self.graph.parameters, *self.graph.buffers)
+        self._loads += 1
         for replicas in self._replicas.values():
             for replica in replicas.values():
                 copy_into(replica.tensors(), state, names)
@@ -499,6 +546,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             CheckpointError: files are missing or altered, or the checkpoint is another model's.
         """
+        self._loads += 1
         replicas = [replica for held in self._replicas.values() for replica in held.values()]
         progress = checkpoint.load(path, self.graph, replicas)
         self._step, self._calls = progress.step, progress.calls

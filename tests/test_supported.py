@@ -21,6 +21,7 @@ from pipeflow.errors import PipeflowError
 from pipeflow.testing.graphs import RunningShift
 from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
 from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
+from tests.runtime.test_decoding import decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "supported.md").read_text()
@@ -151,6 +152,26 @@ def outputs_that_cannot_be_joined() -> None:
     pf.Engine(graph, make_plan(graph, MOLECULE_STAGES)).predict(molecules(3), ["each"])
 
 
+def decoding_of_what_looks_around() -> None:
+    graph = pf.LayerGraph("recurrent")
+    result, *_ = graph.add("lstm", pf.lazy(nn.LSTM, 4, 4, batch_first=True), graph.input("x", ("B", "time", 4)))
+    graph.loss("loss", torch.mean, result)
+    pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))])).decode(1, [result.name])
+
+
+def decoding_without_memory() -> None:
+    graph = forked_graph()
+    pf.Engine(graph, make_plan(graph, THREE_STAGES)).decode(1)
+
+
+def decoding_with_changed_weights() -> None:
+    graph = decoder()
+    engine = pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))]))
+    session = engine.decode(2)
+    engine.load_state_dict(engine.state_dict())
+    session.step({"tokens": torch.zeros(2, 1, dtype=torch.int64)})
+
+
 def shape_depends_on_data() -> None:
     def positive(x: Tensor) -> Tensor:
         return x[x > 0]
@@ -266,6 +287,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "more micro-batches than the plan has": too_many_microbatches,
     "cutting a batch along what is not the batch": batch_that_cannot_be_cut,
     "joining outputs along what is not the batch": outputs_that_cannot_be_joined,
+    "decoding through a layer known to look at other steps, without `decode`": decoding_of_what_looks_around,
+    "decoding where no layer looks back": decoding_without_memory,
+    "going on to decode after the weights have changed": decoding_with_changed_weights,
     "a shape that depends on data": shape_depends_on_data,
     "a number of outputs that depends on the batch": as_many_outputs_as_samples,
     "other outputs in evaluation than in training": other_outputs_in_evaluation,

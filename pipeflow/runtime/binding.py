@@ -120,7 +120,7 @@ class Binder:
             for route in self._local_routes(index, m, Direction.FORWARD)
             for tensor in self.payload(route)
         ]
-        random_layers = stage.replica.random_layers
+        keyed_layers = stage.keyed_layers
         outgoing = self._outgoing(index, m)
         roots = [root.slot for root in compiled.roots]
         kept_slots = {*roots, *(slot for _, slot in compiled.loss_slots), *(s for _, s, needed in leaves if needed)}
@@ -139,7 +139,7 @@ class Binder:
                     leaf = row[name].detach()
                     slots[slot] = leaf.requires_grad_() if needs_gradient else leaf
                 row.clear()
-            for layer in random_layers:
+            for layer in keyed_layers:
                 layer.first_sample = state.offsets[m]
             for call in calls:
                 call(slots)
@@ -178,7 +178,7 @@ class Binder:
         seeds, factors = state.seeds, state.factors
         roots = [(root.slot, root.parts[-1], root.parts[-2::-1]) for root in compiled.roots]
         losses = compiled.loss_slots
-        random_layers = stage.replica.random_layers if compiled.segments else []
+        keyed_layers = stage.keyed_layers if compiled.segments else []
         leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
         handover = [
             (self.state.stages[route.target].gradients, part, leaf_by_part[part])
@@ -191,7 +191,7 @@ class Binder:
                 return
             slots = live[m]
             assert slots is not None
-            for layer in random_layers:
+            for layer in keyed_layers:
                 layer.first_sample = state.offsets[m]
             tensors: list[Tensor | GradientEdge] = []
             upstream: list[Tensor] = []

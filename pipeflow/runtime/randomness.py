@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,6 +50,17 @@ def keyed(key: int, device: torch.device) -> Iterator[None]:
                 g.set_state(state)
 
 
+class Keyed(Protocol):
+    """A layer that is told, before each forward, which call and which samples it works on."""
+
+    step: int
+    first_sample: int
+
+
+Callables = tuple[Mapping[str, Callable[..., Any]], Sequence[Keyed]]
+"""What to call for each layer by name, and those of the callables that are keyed."""
+
+
 class RandomLayer:
     """A random layer, called with the numbers of the step and sample at hand.
 
@@ -62,6 +73,10 @@ class RandomLayer:
         self._device = device
         self.step = 0
         self.first_sample = 0
+
+    def around(self, function: Callable[..., Any]) -> RandomLayer:
+        """Another function with the random numbers of this one."""
+        return RandomLayer(function, key=self._key, device=self._device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with keyed(draw_key(self._key, self.step, self.first_sample), self._device):

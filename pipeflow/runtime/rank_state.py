@@ -17,6 +17,7 @@ from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.gradients import Verdict
 from pipeflow.runtime.losses import loss_factors
 from pipeflow.runtime.microbatch import MicroBatches, even_cut
+from pipeflow.runtime.randomness import Keyed
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots
 
@@ -34,6 +35,7 @@ class StageState:
         live: by micro-batch, the slots between its forward and its `Free`. After forward, only what backward
             starts from or gives.
         finish_reduce: waits for the running sum of gradients, if one was started.
+        keyed_layers: those to be told which call and samples they work on; by default the random ones.
         finish_statistics: waits for the replicas' statistics and takes them in, if they were sent.
     """
 
@@ -45,6 +47,10 @@ class StageState:
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None
     finish_statistics: Callable[[], None] | None = None
+    keyed_layers: Sequence[Keyed] = ()
+
+    def __post_init__(self) -> None:
+        self.keyed_layers = self.keyed_layers or self.replica.random_layers
 
     def wait_reduce(self) -> None:
         """Puts the summed gradients in place, if a sum was started, or those of this replica alone."""
@@ -142,7 +148,7 @@ class RankState:
         for stage in self.stages.values():
             for name, _ in stage.compiled.loss_slots:
                 self.losses[name] = [None] * self.num_microbatches
-            for layer in stage.replica.random_layers:
+            for layer in stage.keyed_layers:
                 layer.step = draw
             if stage.replica.statistics is not None:
                 stage.replica.statistics.begin(self.graph.layers)

@@ -8,7 +8,7 @@ no stages, no program, no transport.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, overload
@@ -21,6 +21,7 @@ from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.retyping import retyped
+from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_callables
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.loss_scale import LossScaler, unscale
 from pipeflow.runtime.losses import add_parts, loss_factors
@@ -29,6 +30,7 @@ from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import arrange_outputs, check_outputs
+from pipeflow.runtime.randomness import Callables
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
@@ -164,6 +166,24 @@ class Reference:
             )[1:]
         return arrange_outputs(self.graph, kept, microbatches)
 
+    def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
+        """Opens a session that remembers what came before. As `pipeflow.Engine.decode`."""
+        names = tuple(self.graph.outputs if outputs is None else outputs)
+        check_outputs(self.graph, names, whole=True)
+        check_decoding(self.graph, names, batch_size)
+        needed = needed_layers(self.graph, names)
+        layers = tuple(n for n in self.graph.layers if n in needed)
+        callables = decoding_callables(self.graph, self._replica)
+
+        def run(session: DecodeSession, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with torch.no_grad():
+                kept, microbatches = self._run(
+                    batch, layers, train=False, keep=names, callables=callables, session=session
+                )[1:]
+            return arrange_outputs(self.graph, kept, microbatches)  # type: ignore[return-value]
+
+        return DecodeSession(batch_size, run, lambda session: None)
+
     def _run(
         self,
         batch: Batch,
@@ -172,11 +192,15 @@ class Reference:
         train: bool,
         keep: tuple[str, ...] = (),
         share: float = 1.0,
+        callables: Callables | None = None,
+        session: DecodeSession | None = None,
     ) -> tuple[StepResult, dict[str, list[Tensor | None]], MicroBatches]:
         graph = self.graph
         read = read_inputs(graph, layers)
         needs = needs_of(graph, layers, required_inputs(graph, layers))
         microbatches = make_microbatches(graph, batch, self.num_microbatches, needs)
+        if session is not None:
+            session.check_rows(microbatches)
         sizes = microbatches.cut.sizes
         feed = {name: microbatches.parts(name, self._device) for name in read}
         self._replica.train(train)
@@ -187,15 +211,17 @@ class Reference:
         kept: dict[str, list[Tensor | None]] = {name: [None] * len(sizes) for name in keep}
         scale = None if self._scaler is None or not train else self._scaler.scale
         scaled = share * (scale or 1.0)
+        functions, keyed_layers = callables or self._replica.callables
+        draw = self._calls + (session.num_steps if session is not None else 0)
         first_sample = 0
         for m, size in enumerate(sizes):
             if not size:
                 continue
-            for random_layer in self._replica.random_layers:
-                random_layer.step, random_layer.first_sample = self._calls, first_sample
+            for layer in keyed_layers:
+                layer.step, layer.first_sample = draw, first_sample
             first_sample += size
             with self._autocast():
-                values = self._forward({name: cut[m] for name, cut in feed.items()}, layers)
+                values = self._forward({name: cut[m] for name, cut in feed.items()}, layers, functions)
             for name in keep:
                 kept[name][m] = values[name].detach()
             roots = {name: values[graph.layers[name].outputs[0]] for name in losses}
@@ -217,12 +243,14 @@ class Reference:
         # The cache would add up in the half type what one weight's uses in several layers give.
         return torch.autocast(self._device.type, dtype=getattr(torch, dtype), cache_enabled=False)
 
-    def _forward(self, values: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Any]:
+    def _forward(
+        self, values: dict[str, Any], layers: tuple[str, ...], functions: Mapping[str, Callable[..., Any]]
+    ) -> dict[str, Any]:
         for name in layers:
             layer = self.graph.layers[name]
             seen = {tensor: self._read(layer, tensor, values[tensor]) for tensor in layer.inputs}
             arguments = [seen[tensor] for tensor in layer.inputs]
-            result = flat_call(layer, self._replica.functions[name])(*arguments)
+            result = flat_call(layer, functions[name])(*arguments)
             outputs = (result,) if layer.outputs == (name,) else result
             for i, (tensor, value) in enumerate(zip(layer.outputs, outputs, strict=True)):
                 values[tensor] = packed(value) if i in layer.strided_outputs else value

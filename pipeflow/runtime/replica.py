@@ -18,7 +18,7 @@ from pipeflow.graphs.phase import trained_parameters
 from pipeflow.runtime.masters import Masters
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.precision import Precision
-from pipeflow.runtime.randomness import RandomLayer, layer_key
+from pipeflow.runtime.randomness import Callables, RandomLayer, layer_key
 from pipeflow.runtime.running_statistics import RunningStatistics
 
 
@@ -100,6 +100,11 @@ class StageReplica:
     def working(self) -> Iterable[nn.Parameter]:
         """The parameters that layers compute with: those of `parameters`, or casts of them."""
         return (p for module in self.modules.values() for p in module.parameters())
+
+    @property
+    def callables(self) -> Callables:
+        """What to call for each layer, and which of them to tell what they work on."""
+        return self.functions, self.random_layers
 
     def make_optimizer(
         self,
