@@ -91,6 +91,24 @@ class PhaseCosts(Value):
     parameter_bytes: Mapping[str, Bytes]
 
 
+class SharedTensor(Value):
+    """One parameter or buffer that several layers use.
+
+    Attributes:
+        name: "<layer>.<name>" as the first layer that uses it has it.
+        layers: that use it, in the graph's order.
+        bytes: of the parameter; 0 for a buffer.
+        is_trained: whether training steps it.
+        is_copyable: whether stages may each keep a copy; not so for a buffer that a forward changes.
+    """
+
+    name: str
+    layers: tuple[str, ...] = Field(min_length=2)
+    bytes: Bytes = 0
+    is_trained: bool = True
+    is_copyable: bool = True
+
+
 class GraphCosts(Value):
     """A layer graph with its costs.
 
@@ -102,6 +120,9 @@ class GraphCosts(Value):
         layers: in a topological order; this is also the order in which one device runs them.
         colocated: groups of layers that must share a stage (they share parameters).
         phases: kinds of training steps, where there are several.
+        shared: what layers share.
+        sharing: whether layers that share parameters are colocated ("together"), or each is charged
+            for a copy ("copies", see `pipeflow.graphs.sharing`).
 
     Raises:
         CostError: a name stands twice, an input comes from nowhere or from a later layer.
@@ -115,6 +136,8 @@ class GraphCosts(Value):
     layers: tuple[LayerCosts, ...]
     colocated: tuple[tuple[str, ...], ...] = ()
     phases: tuple[PhaseCosts, ...] = ()
+    shared: tuple[SharedTensor, ...] = ()
+    sharing: Literal["together", "copies"] = "together"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -141,6 +164,9 @@ class GraphCosts(Value):
         for phase in self.phases:
             if unknown := [n for n in (*phase.layers, *phase.backward, *phase.parameter_bytes) if n not in names]:
                 raise CostError(f"costs of {self.name!r}: layer {unknown[0]!r} of phase {phase.name!r} is not a layer")
+        for shared in self.shared:
+            if unknown := [n for n in shared.layers if n not in names]:
+                raise CostError(f"costs of {self.name!r}: {shared.name!r} is shared by {unknown[0]!r}, no layer")
         return self
 
     @cached_property
@@ -227,6 +253,8 @@ class GraphCosts(Value):
             layers=tuple(layer(c) for c in self.layers),
             colocated=self.colocated,
             phases=self.phases,
+            shared=self.shared,
+            sharing=self.sharing,
         )
 
     def in_phase(self, name: str) -> GraphCosts:

@@ -20,6 +20,7 @@ import networkx as nx
 
 from pipeflow.errors import GraphError
 from pipeflow.graphs import declaration, structure
+from pipeflow.graphs.costs import SharedTensor
 from pipeflow.graphs.layer import Handle, Instance, Layer, Reduction, Source, kind_of, source_of
 from pipeflow.graphs.lengths import Lengths
 from pipeflow.graphs.nesting import Nest, rebuild
@@ -431,6 +432,35 @@ class LayerGraph:
     def colocated(self) -> tuple[tuple[str, ...], ...]:
         """Groups of layers that share parameters or buffers and so must share a stage."""
         return structure.colocated(self._ties, self._owner_by_name, list(self._layers))
+
+    @cached_property
+    def shared(self) -> tuple[SharedTensor, ...]:
+        """The parameters and buffers that several layers use."""
+        result = []
+        for group in self._ties:
+            layers = tuple(dict.fromkeys(self.owner(name) for name in group))
+            spec = self.parameters.get(group[0])
+            changed = {f"{name}.{buffer}" for name in layers for buffer in self.layers[name].mutated_buffers}
+            if len(layers) > 1:
+                trained = any(self.layers[name].has_backward for name in layers)
+                result.append(
+                    SharedTensor(
+                        name=group[0],
+                        layers=layers,
+                        bytes=0 if spec is None else spec.bytes_at(0),
+                        is_trained=spec is not None and spec.requires_grad and trained,
+                        is_copyable=changed.isdisjoint(group),
+                    )
+                )
+        return tuple(result)
+
+    def canonical(self, name: str) -> str:
+        """The name that the state has a parameter or buffer "<layer>.<name>" under: that of its first user."""
+        return self._canonical.get(name, name)
+
+    @cached_property
+    def _canonical(self) -> Mapping[str, str]:
+        return {name: group[0] for group in self._ties for name in group}
 
     @cached_property
     def parameters(self) -> Mapping[str, TensorSpec]:

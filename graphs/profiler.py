@@ -150,6 +150,7 @@ def _profile(
         layers=tuple(layers),
         colocated=graph.colocated,
         phases=phase_costs(graph),
+        shared=graph.shared,
     )
 
 

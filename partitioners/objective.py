@@ -40,6 +40,7 @@ from typing import assert_never
 from pipeflow.graphs.costs import LayerCosts
 from pipeflow.partitioners.activations import stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
+from pipeflow.partitioners.copies import copy_sums
 from pipeflow.partitioners.nesting import children, nested_levels
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position, Reduction
@@ -118,6 +119,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
     costs, cluster = problem.costs, problem.cluster
     moved = stage_transfers(problem, stages)
     nested = nested_seconds(problem, stages) if problem.nested else None
+    copies = copy_sums(costs, stages)
     following = 0
     result: list[StageTerms] = []
     for index in reversed(range(len(stages))):
@@ -127,6 +129,9 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         again = [costs.layer_by_name[name] for name in stage.recompute]
         parameters = sum(layer.parameter_bytes for layer in layers)
         reduction = reduce_seconds(cluster, parameters, stage.devices, problem.reduction)
+        reduction += math.fsum(
+            reduce_seconds(cluster, amount, devices, problem.reduction) for amount, devices in copies[index]
+        )
         computes = [compute_seconds(layers, cluster.devices[d], again) for d in stage.devices]
         by_device = tuple(_replica_seconds(problem, count, c, moved[index], reduction) for c in computes)
         if nested is not None:

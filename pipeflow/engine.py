@@ -26,6 +26,7 @@ from pipeflow.program import Mode, Send, Step
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.checkpoint import Progress
+from pipeflow.runtime.copies import find_copies
 from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_callables
 from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
 from pipeflow.runtime.executor import Executor
@@ -123,6 +124,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._prepared = prepare(graph, plan)
         self.graph = graph
         self.plan = plan
+        self._copies = find_copies(graph, plan)
         self._measure = measure
         self._step = 0
         self._loads = 0
@@ -183,6 +185,7 @@ class Engine(AbstractContextManager["Engine"]):
             self.plan.placement,
             channels,
             dict(self._prepared[None].graph.specs),
+            sharing=self._copies.ranks_by_stages(self.plan.placement),
             digest=hashlib.sha256(settings.encode()).hexdigest(),
             device=self._devices[rank],
         )
@@ -194,6 +197,7 @@ class Engine(AbstractContextManager["Engine"]):
                 replicas[index] = StageReplica(
                     self.graph, stage.layers, device=self._devices[rank], seed=seed, precision=self._precision
                 )
+                self._copies.mark(replicas[index], index)
                 if stage.num_replicas > 1:
                     replicas[index].record_statistics(self.graph)
                 for phase, optimizer in self._optimizers.items():
@@ -208,6 +212,7 @@ class Engine(AbstractContextManager["Engine"]):
                 for tensor in replica.tensors().values():
                     remote.broadcast_in_stage(tensor, index)
                 replica.written()
+        self._copies.agree(self.graph, self.plan.placement, self._replicas[remote.rank], remote, self._precision)
 
     def _executor(self, job: _Job) -> dict[int, Executor]:
         """The bound programs of the local ranks; for predictions, cut down to what they need."""
@@ -248,6 +253,7 @@ class Engine(AbstractContextManager["Engine"]):
             keep=outputs or (),
             train=train,
             reduces=work == "step",
+            shared=self._copies.names_by_stages,
         )
         actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
         if work == "accumulate":
@@ -257,6 +263,7 @@ class Engine(AbstractContextManager["Engine"]):
             for index, replica in self._replicas[rank].items()
             if self.plan.stages[index].devices[0] == rank
             for name, parameter in replica.parameters.items()
+            if name not in replica.borrowed
         }
         policy = self._policy if work == "step" else None
         return Executor(

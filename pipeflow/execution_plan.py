@@ -80,7 +80,10 @@ class Plan(Value):
                 )
         for group in self.costs.colocated:
             if len({stage_by_layer[layer] for layer in group}) > 1:
-                raise PlanError(f"layers {', '.join(group)} share parameters and must share a stage")
+                raise PlanError(
+                    f"layers {', '.join(group)} share parameters and must share a stage; plan with shared='copies' "
+                    "to keep them apart"
+                )
         self.pins.check(self.costs, self.cluster.num_devices)
         if broken := self.pins.broken(self.stages):
             raise PlanError(f"{broken[0]}; keep the plan's pins or leave them out")
@@ -89,6 +92,11 @@ class Plan(Value):
     @cached_property
     def stage_by_layer(self) -> dict[str, int]:
         return {layer: index for index, stage in enumerate(self.stages) for layer in stage.layers}
+
+    @property
+    def shared(self) -> Literal["together", "copies"]:
+        """Whether layers that share parameters share a stage, or stages may keep copies; part of `costs`."""
+        return self.costs.sharing
 
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:

@@ -219,8 +219,8 @@ def add_reductions(actions: Actions, wiring: Wiring) -> Actions:
 
     A rank that holds several replicated stages reduces them from the deepest to the first, also
     where a replica without a micro-batch could start at once: every rank then starts the
-    collectives that it shares with others in one order. A reduction is only started by its
-    action, so that waits for nobody.
+    collectives that it shares with others in one order. Sums over several stages come after all of
+    those. A reduction is only started by its action, so that waits for nobody.
     """
     held: list[list[int]] = [[] for _ in actions]
     for stage, ranks in enumerate(wiring.placement):
@@ -247,6 +247,7 @@ def add_reductions(actions: Actions, wiring: Wiring) -> Actions:
             if isinstance(action, Free):
                 open_by_stage[action.stage] -= 1
                 reduce_finished()
+        out += [reduction for reduction in wiring.shared if not set(reduction.stages).isdisjoint(held[rank])]
         out += [Step(stage) for stage in held[rank] if wiring.has_parameters[stage]]
         result.append(out)
     return result

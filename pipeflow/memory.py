@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeflow.execution_plan import Plan
+from pipeflow.graphs.sharing import held_bytes
 from pipeflow.partitioners.activations import stage_activations
 from pipeflow.program import Action, Compute, Free, Kind, Mode, Program, Receive, Route
 from pipeflow.wiring import Wiring
@@ -153,12 +154,11 @@ def _replay(rank: int, actions: Sequence[Action], ledger: _Ledger) -> tuple[int,
 
 def _static_bytes_by_rank(plan: Plan, wiring: Wiring) -> list[int]:
     result = [0] * wiring.num_ranks
-    for stage in plan.stages:
-        layers = [plan.costs.layer_by_name[name] for name in stage.layers]
-        amount = sum(layer.parameter_bytes for layer in layers)
+    held = held_bytes(plan.costs, [stage.layers for stage in plan.stages])
+    for stage, parameters in zip(plan.stages, held, strict=True):
+        amount = parameters.all
         if wiring.mode is Mode.TRAIN:
-            learned = sum(layer.parameter_bytes for layer in layers if layer.has_backward)
-            amount += learned + math.ceil(plan.optimizer_ratio * learned)
+            amount += parameters.trained + math.ceil(plan.optimizer_ratio * parameters.trained)
         for rank in stage.devices:
             result[rank] += amount
     return result

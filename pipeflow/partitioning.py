@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 from pipeflow.errors import FormatError, Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
+from pipeflow.graphs.sharing import share
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster, Device, Level
 from pipeflow.partitioners.infeasible import explained
@@ -70,6 +71,7 @@ def partition(
     num_microbatches: int | None = None,
     pins: Pins | None = None,
     transfers: Transfers | None = None,
+    shared: Literal["together", "copies"] = "together",
 ) -> PartitionReport:
     """Cuts a graph into stages for a pipeline, with a proof of how good the cut is.
 
@@ -90,6 +92,7 @@ def partition(
         pins: layers that must be somewhere, together or apart.
         transfers: how they count beside compute, as in `PartitionProblem`; by default as the format's
             own planner counts them.
+        shared: as in `pipeflow.plan`.
 
     Raises:
         FormatError: the file is not what its format promises, or the format is unknown.
@@ -97,6 +100,7 @@ def partition(
         Infeasible: no partition satisfies the limits.
     """
     profile = read_profile(source, format)
+    profile = profile.model_copy(update={"costs": share(profile.costs, shared)})
     problem = problem_of(
         profile,
         num_devices=num_devices,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeflow.errors import Infeasible, PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import GraphCosts, total_seconds
+from pipeflow.graphs.sharing import share
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.infeasible import explained
@@ -53,6 +54,7 @@ def plan(
     overlap: bool = False,
     recompute: RecomputeChoice = "never",
     pins: Pins | None = None,
+    shared: Literal["together", "copies"] = "together",
 ) -> Plan:
     """The plan with the shortest simulated iteration of all that are tried, verified.
 
@@ -77,6 +79,8 @@ def plan(
             "always", "fit" (on each stage those that cost the least time among what makes it fit its
             devices, none where it fits), or names of layers, `*` and `?` allowed.
         pins: layers that must be somewhere, together or apart.
+        shared: whether layers that share parameters are kept on one stage ("together"), or may be
+            apart, each stage with a copy ("copies").
 
     Raises:
         PlanError: an unknown name, a count below 1, a pattern that no layer fits, or costs of
@@ -89,6 +93,7 @@ def plan(
         raise PlanError(f"num_microbatches={num_microbatches}; a batch is cut into at least 1")
     if graph is not None:
         _check_graph(graph, costs)
+    costs = share(costs, shared)
     problem = PartitionProblem(
         costs=costs,
         cluster=cluster,

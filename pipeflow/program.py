@@ -9,6 +9,7 @@ schedules and lowering do, the verifier proves it, the simulator and the runtime
     send 4>2B0 h,skip        stage 4 sends their gradients back
     free 2,0                 stage 2 lets go of all it holds for micro-batch 0
     reduce 2, step 2         sum the gradients of stage 2 over its replicas; its optimizer's step
+    reduce 0+2               sum those of the parameters that stages 0 and 2 share over all their replicas
 """
 
 from __future__ import annotations
@@ -112,6 +113,15 @@ class Reduce(NamedTuple):
         return f"reduce {self.stage}"
 
 
+class ReduceShared(NamedTuple):
+    """Start to sum the gradients of what the stages hold copies of; the `Step` of each waits for it."""
+
+    stages: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"reduce {'+'.join(map(str, self.stages))}"
+
+
 class Step(NamedTuple):
     """The optimizer's step on the stage's parameters."""
 
@@ -121,7 +131,9 @@ class Step(NamedTuple):
         return f"step {self.stage}"
 
 
-Action = Compute | Send | Receive | Free | Reduce | Step
+Reduction = Reduce | ReduceShared
+
+Action = Compute | Send | Receive | Free | Reduction | Step
 
 Placement = tuple[tuple[int, ...], ...]
 """Ranks of each stage's replicas. Micro-batch m of stage s runs on `placement[s][m % R_s]`."""
@@ -131,6 +143,18 @@ def rank_of(placement: Placement, stage: int, microbatch: int) -> int:
     """The rank that runs the micro-batch on the stage: round robin over the replicas."""
     ranks = placement[stage]
     return ranks[microbatch % len(ranks)]
+
+
+def ranks_of(placement: Placement, reduction: Reduction) -> tuple[int, ...]:
+    """The ranks that a sum of gradients is over: the stage's own order, ascending over several stages."""
+    if isinstance(reduction, Reduce):
+        return placement[reduction.stage]
+    return tuple(sorted({rank for stage in reduction.stages for rank in placement[stage]}))
+
+
+def stages_of(reduction: Reduction) -> tuple[int, ...]:
+    """The stages whose gradients a sum is of."""
+    return (reduction.stage,) if isinstance(reduction, Reduce) else reduction.stages
 
 
 @dataclass(frozen=True)
@@ -167,6 +191,7 @@ class Program:
 _COMPUTE = re.compile(r"(\d+)([FBIW])(\d+)")
 _TRANSFER = re.compile(r"(send|recv) (\d+)>(\d+)([FB])(\d+) (.+)")
 _STAGE = re.compile(r"(reduce|step) (\d+)")
+_SHARED = re.compile(r"reduce (\d+(?:\+\d+)+)")
 _FREE = re.compile(r"free (\d+),(\d+)")
 
 
@@ -190,6 +215,8 @@ def parse_action(text: str, placement: Placement) -> Action:
         return Receive(route, microbatch, rank_of(placement, source, microbatch))
     if match := _STAGE.fullmatch(text):
         return Reduce(int(match[2])) if match[1] == "reduce" else Step(int(match[2]))
+    if match := _SHARED.fullmatch(text):
+        return ReduceShared(tuple(map(int, match[1].split("+"))))
     if match := _FREE.fullmatch(text):
         return Free(int(match[1]), int(match[2]))
     raise FormatError(f"{text!r} is no action; write for example 2F0, 'send 2>4F0 h' or 'reduce 2'")

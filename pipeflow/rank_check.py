@@ -21,10 +21,14 @@ from pipeflow.program import (
     Program,
     Receive,
     Reduce,
+    ReduceShared,
+    Reduction,
     Route,
     Send,
     Step,
     rank_of,
+    ranks_of,
+    stages_of,
 )
 from pipeflow.wiring import Wiring
 
@@ -89,7 +93,7 @@ class _Check:
         self.done = [bytearray(size) for _ in wiring.placement]
         self.sent = [bytearray(size) for _ in wiring.routes]
         self.received = [bytearray(size) for _ in wiring.routes]
-        self.reduced: set[tuple[int, int]] = set()
+        self.reduced: set[tuple[int, Reduction]] = set()
         self.stepped: set[tuple[int, int]] = set()
         # The last micro-batch of each replica, forward and backward.
         self.latest = [[[-1] * len(ranks) for ranks in wiring.placement] for _ in range(2)]
@@ -106,7 +110,7 @@ class _Check:
                 self._receive(action)
             elif isinstance(action, Free):
                 self._free(action)
-            elif isinstance(action, Reduce):
+            elif isinstance(action, Reduce | ReduceShared):
                 self._reduce(action)
             else:
                 self._step(action)
@@ -203,21 +207,24 @@ class _Check:
                     self._refuse(action, "comes before", Send(route, microbatch, peer))
         self.done[stage][microbatch] = done | _FREED
 
-    def _reduce(self, action: Reduce) -> None:
-        if not self._is_held(action.stage) or not self.wiring.has_reduction[action.stage]:
+    def _reduce(self, action: Reduction) -> None:
+        held = [stage for stage in stages_of(action) if self._is_held(stage)]
+        if not held or action not in self.wiring.reduced_bytes:
             self._refuse(action, "reduces what has nothing shared with this rank")
-        if (self.rank, action.stage) in self.reduced:
+        if (self.rank, action) in self.reduced:
             self._refuse(action, "is done twice", action)
-        self._check_gradients(action, action.stage)
-        self.reduced.add((self.rank, action.stage))
+        for stage in held:
+            self._check_gradients(action, stage)
+        self.reduced.add((self.rank, action))
 
     def _step(self, action: Step) -> None:
         if not self._is_held(action.stage) or not self.wiring.has_parameters[action.stage]:
             self._refuse(action, "steps what has no parameters to train on this rank")
         if (self.rank, action.stage) in self.stepped:
             self._refuse(action, "is done twice", action)
-        if self.wiring.has_reduction[action.stage] and (self.rank, action.stage) not in self.reduced:
-            self._refuse(action, "comes before", Reduce(action.stage))
+        for reduction in self.wiring.reductions_by_stage[action.stage]:
+            if (self.rank, reduction) not in self.reduced:
+                self._refuse(action, "comes before", reduction)
         self._check_gradients(action, action.stage)
         self.stepped.add((self.rank, action.stage))
 
@@ -239,10 +246,12 @@ class _Check:
                 if not done & _FREED:
                     self._never(rank, Free(stage, microbatch))
             for rank in ranks:
-                if self.wiring.has_reduction[stage] and (rank, stage) not in self.reduced:
-                    self._never(rank, Reduce(stage))
                 if self.wiring.has_parameters[stage] and (rank, stage) not in self.stepped:
                     self._never(rank, Step(stage))
+        for reduction in self.wiring.reduced_bytes:
+            for rank in ranks_of(self.wiring.placement, reduction):
+                if (rank, reduction) not in self.reduced:
+                    self._never(rank, reduction)
         for number, route in enumerate(self.wiring.routes):
             # A missing receive is found where it is needed, a missing send where its stage is freed.
             if self.sent[number] != self.received[number]:

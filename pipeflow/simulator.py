@@ -21,7 +21,19 @@ from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import LayerCosts
 from pipeflow.memory import peak_by_rank
 from pipeflow.partitioners.objective import reduce_seconds
-from pipeflow.program import Compute, Kind, Program, Receive, Reduce, Route, Send, Step
+from pipeflow.program import (
+    Compute,
+    Kind,
+    Program,
+    Receive,
+    Reduce,
+    ReduceShared,
+    Reduction,
+    Route,
+    Send,
+    Step,
+    ranks_of,
+)
 from pipeflow.timeline import Event, Timeline
 from pipeflow.verifier import program_and_plan, verify
 from pipeflow.wiring import Wiring, wire
@@ -88,10 +100,12 @@ class _Clock:
         self.waits: dict[tuple[int, int], float] = {}
         self.links: dict[tuple[int, int], _Link] = {}
         # Reductions that a rank has started and that are not known yet, and when its last one ends.
-        self.started: list[deque[int]] = [deque() for _ in ranks]
+        self.started: list[deque[Reduction]] = [deque() for _ in ranks]
         self.reduction_free = [0.0] * program.num_ranks
-        self.reached: dict[int, dict[int, tuple[float, int]]] = {}
-        self.reduced: dict[int, tuple[float, int]] = {}
+        self.reached: dict[Reduction, dict[int, tuple[float, int]]] = {}
+        self.reduced: dict[Reduction, tuple[float, int]] = {}
+        self.reduced_bytes = wiring.reduced_bytes
+        self.awaited = wiring.reductions_by_stage
 
     def run(self) -> bool:
         """Whether every rank came to its end."""
@@ -129,17 +143,18 @@ class _Clock:
                 if not link.arrivals:
                     break
                 now = self._wait(rank, action.peer, now, link.arrivals.popleft())
-            elif isinstance(action, Reduce):
-                self.reached.setdefault(action.stage, {})[rank] = (now, len(events))
-                self.started[rank].append(action.stage)
+            elif isinstance(action, Reduce | ReduceShared):
+                self.reached.setdefault(action, {})[rank] = (now, len(events))
+                self.started[rank].append(action)
                 events.append(Event(rank, action, now, now))
-                woken |= self._reduce(action.stage)
+                woken |= self._reduce(action)
                 continue
-            elif isinstance(action, Step) and action.stage in self.reached:
-                if action.stage not in self.reduced:
+            elif isinstance(action, Step):
+                awaited = [reduction for reduction in self.awaited[action.stage] if reduction in self.reached]
+                if any(reduction not in self.reduced for reduction in awaited):
                     break
-                end, latest = self.reduced[action.stage]
-                now = self._wait(rank, latest, now, end)
+                for end, latest in sorted(self.reduced[reduction] for reduction in awaited):
+                    now = self._wait(rank, latest, now, end)
             events.append(Event(rank, action, start, now))
         self.now[rank] = now
         woken.discard(rank)
@@ -164,23 +179,21 @@ class _Clock:
             amount = self.payload_by_id[id(route)] = self.payload[route]  # the program keeps the route alive
         return amount
 
-    def _reduce(self, stage: int) -> set[int]:
-        """Settles the reduction, and those it held up, if all replicas are there; returns their ranks."""
+    def _reduce(self, reduction: Reduction) -> set[int]:
+        """Settles the reduction, and those it held up, if all its ranks are there; returns them."""
         woken: set[int] = set()
-        pending = [stage]
+        pending = [reduction]
         while pending:
-            stage = pending.pop()
-            ranks = self.program.placement[stage]
-            if any(not self.started[r] or self.started[r][0] != stage for r in ranks):
+            reduction = pending.pop()
+            ranks = ranks_of(self.program.placement, reduction)
+            if any(not self.started[r] or self.started[r][0] != reduction for r in ranks):
                 continue
-            reached = self.reached[stage]
+            reached = self.reached[reduction]
             latest = max(ranks, key=lambda r: (reached[r][0], -r))
             start = max(reached[latest][0], *(self.reduction_free[r] for r in ranks))
-            layers = [self.plan.costs.layer_by_name[name] for name in self.plan.stages[stage].layers]
-            amount = sum(layer.parameter_bytes for layer in layers if layer.has_backward)
-            amount += self.program.num_microbatches * sum(layer.statistics_bytes for layer in layers)
+            amount = self.reduced_bytes.get(reduction, 0)
             end = start + reduce_seconds(self.plan.cluster, amount, ranks)
-            self.reduced[stage] = (end, latest)
+            self.reduced[reduction] = (end, latest)
             for r in ranks:
                 self.started[r].popleft()
                 self.reduction_free[r] = end

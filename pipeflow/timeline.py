@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeflow.program import Action, Compute, Kind, Mode, Placement, Receive, Reduce, Send, Step
+from pipeflow.program import Action, Compute, Kind, Mode, Placement, Receive, Reduce, ReduceShared, Send, Step
 from pipeflow.units import format_bytes, format_seconds
 
 
@@ -136,7 +136,7 @@ def _mark(compute: Compute) -> str:
 def _lane(rank: int, action: Action) -> tuple[int, str]:
     if isinstance(action, Send):
         return 1, f"rank {rank} to {action.peer}"
-    if isinstance(action, Reduce):
+    if isinstance(action, Reduce | ReduceShared):
         return 2, f"rank {rank}"
     return 0, f"rank {rank}"
 
@@ -146,4 +146,4 @@ def _category(action: Action) -> str:
         return action.kind.name.lower()
     if isinstance(action, Receive | Step):
         return "wait"
-    return type(action).__name__.lower()
+    return "reduce" if isinstance(action, ReduceShared) else type(action).__name__.lower()

@@ -25,7 +25,7 @@ from pipeflow.errors import PlanError, VerificationError
 from pipeflow.execution_plan import Plan
 from pipeflow.lowering import lower
 from pipeflow.memory import Peak, held_at_peak, peak_by_rank
-from pipeflow.program import Mode, Program, Receive, Reduce, Send, Step
+from pipeflow.program import Mode, Program, Receive, Reduce, ReduceShared, Reduction, Send, Step, ranks_of, stages_of
 from pipeflow.rank_check import Messages, check_ranks
 from pipeflow.units import format_bytes
 from pipeflow.wiring import Wiring, wire
@@ -118,20 +118,20 @@ def _check_channels(messages: Messages) -> None:
 
 def _check_reductions(program: Program) -> None:
     """One order of all reductions agrees with every rank's."""
-    after: dict[int, set[int]] = {}
-    rank_by_pair: dict[tuple[int, int], int] = {}
+    after: dict[Reduction, set[Reduction]] = {}
+    rank_by_pair: dict[tuple[Reduction, Reduction], int] = {}
     for rank, actions in enumerate(program.actions_by_rank):
-        reduced = [action.stage for action in actions if isinstance(action, Reduce)]
+        reduced = [action for action in actions if isinstance(action, Reduce | ReduceShared)]
         for first, second in pairwise(reduced):
             after.setdefault(second, set()).add(first)
             rank_by_pair.setdefault((first, second), rank)
     try:
         TopologicalSorter(after).prepare()
     except CycleError as error:
-        cycle = [int(stage) for stage in error.args[1]]
+        cycle: list[Reduction] = list(error.args[1])
         raise VerificationError(
             "ranks start reductions in orders that contradict each other",
-            tuple(f"rank {rank_by_pair[a, b]}: '{Reduce(a)}' before '{Reduce(b)}'" for a, b in pairwise(cycle)),
+            tuple(f"rank {rank_by_pair[a, b]}: '{a}' before '{b}'" for a, b in pairwise(cycle)),
         ) from None
 
 
@@ -146,12 +146,18 @@ class _Play:
         self.placement = program.placement
         self.rendezvous = semantics == "rendezvous"
         self.actions = [
-            [a for a in actions if isinstance(a, Send | Receive | Reduce | Step)] for actions in program.actions_by_rank
+            [a for a in actions if isinstance(a, Send | Receive | Reduce | ReduceShared | Step)]
+            for actions in program.actions_by_rank
         ]
         self.position = [0] * program.num_ranks
         self.num_in_channel: dict[tuple[int, int], int] = {}
-        self.reached: dict[int, set[int]] = {}
-        self.reduced = {a.stage for actions in self.actions for a in actions if isinstance(a, Reduce)}
+        self.reached: dict[Reduction, set[int]] = {}
+        self.awaited: dict[int, dict[Reduction, None]] = {}
+        for actions in self.actions:
+            for action in actions:
+                if isinstance(action, Reduce | ReduceShared):
+                    for stage in stages_of(action):
+                        self.awaited.setdefault(stage, {})[action] = None
 
     def run(self) -> None:
         """Raises VerificationError with the shortest cycle if some rank cannot finish."""
@@ -181,9 +187,9 @@ class _Play:
             if isinstance(action, Step):
                 if self._missing(action.stage):
                     break
-            elif isinstance(action, Reduce):
-                self.reached.setdefault(action.stage, set()).add(rank)
-                woken.update(self.placement[action.stage])
+            elif isinstance(action, Reduce | ReduceShared):
+                self.reached.setdefault(action, set()).add(rank)
+                woken.update(ranks_of(self.placement, action))
             elif self.rendezvous:
                 # Whoever arrives second finds the other there, and both go on.
                 if not self._is_at(action.peer, Receive if isinstance(action, Send) else Send, rank):
@@ -212,15 +218,17 @@ class _Play:
         return isinstance(action, kind) and action.peer == peer
 
     def _missing(self, stage: int) -> list[int]:
-        """Replicas of the stage that have not reached its reduction."""
-        if stage not in self.reduced:
-            return []
-        return sorted(set(self.placement[stage]) - self.reached.get(stage, set()))
+        """Ranks that have not reached a reduction which the stage's step waits for."""
+        missing: set[int] = set()
+        for reduction in self.awaited.get(stage, ()):
+            missing.update(set(ranks_of(self.placement, reduction)) - self.reached.get(reduction, set()))
+        return sorted(missing)
 
     def _waits_for(self, rank: int) -> list[int]:
         action = self.actions[rank][self.position[rank]]
         if isinstance(action, Send | Receive):
             return [action.peer]
+        assert isinstance(action, Step), "a rank waits at nothing else"
         return self._missing(action.stage)
 
     def _shortest_cycle(self, waiting: list[int]) -> list[int]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipeflow.errors import PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.flows import flows, routes
-from pipeflow.program import Direction, Mode, Placement, Route
+from pipeflow.graphs.sharing import held_bytes, shared_groups
+from pipeflow.program import Direction, Mode, Placement, Reduce, ReduceShared, Reduction, Route, stages_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Wiring:
     """Per stage (by index), in one mode.
 
@@ -28,8 +30,10 @@ class Wiring:
             ones to the nearest stage first.
         gradient_in, gradient_out: the same for gradients.
         has_backward: whether the stage computes a backward.
-        has_parameters: whether it has parameters to train, and so a `Step`.
+        has_parameters: whether it has parameters to train, copies included, and so a `Step`.
         has_reduction: whether it has several replicas, which sum gradients or tell each other statistics.
+        shared: the sums over several stages, in the order in which all ranks start them.
+        reduced_bytes: of each sum that a step has.
         payload_bytes: of each route, for one micro-batch.
     """
 
@@ -44,6 +48,8 @@ class Wiring:
     has_backward: tuple[bool, ...]
     has_parameters: tuple[bool, ...]
     has_reduction: tuple[bool, ...]
+    shared: tuple[ReduceShared, ...]
+    reduced_bytes: Mapping[Reduction, int]
     payload_bytes: Mapping[Route, int]
 
     @property
@@ -53,6 +59,14 @@ class Wiring:
     @property
     def num_ranks(self) -> int:
         return 1 + max(rank for ranks in self.placement for rank in ranks)
+
+    @cached_property
+    def reductions_by_stage(self) -> tuple[tuple[Reduction, ...], ...]:
+        """The sums that the step of each stage waits for."""
+        return tuple(
+            tuple(reduction for reduction in self.reduced_bytes if stage in stages_of(reduction))
+            for stage in range(self.num_stages)
+        )
 
 
 def routes_of(plan: Plan) -> tuple[Route, ...]:
@@ -71,9 +85,8 @@ def wire(plan: Plan, mode: Mode) -> Wiring:
     training = mode is Mode.TRAIN
     layers = plan.costs.layer_by_name
     has_backward = tuple(training and any(layers[n].has_backward for n in s.layers) for s in plan.stages)
-    has_parameters = tuple(
-        training and any(layers[n].has_backward and layers[n].parameter_bytes for n in s.layers) for s in plan.stages
-    )
+    held = held_bytes(plan.costs, [stage.layers for stage in plan.stages])
+    reduced = _reduced_bytes(plan) if training else {}
     _check_meshes(plan, training=training)
     every = tuple(r for r in routes_of(plan) if training or r.direction is Direction.FORWARD)
     for route in every:
@@ -100,13 +113,25 @@ def wire(plan: Plan, mode: Mode) -> Wiring:
         gradient_in=group(Direction.BACKWARD, by_source=False),
         gradient_out=group(Direction.BACKWARD, by_source=True),
         has_backward=has_backward,
-        has_parameters=has_parameters,
-        has_reduction=tuple(
-            len(s.devices) > 1 and (p or (training and any(layers[n].statistics_bytes for n in s.layers)))
-            for p, s in zip(has_parameters, plan.stages, strict=True)
-        ),
+        has_parameters=tuple(training and bytes_of.trained > 0 for bytes_of in held),
+        has_reduction=tuple(Reduce(index) in reduced for index in range(len(plan.stages))),
+        shared=tuple(reduction for reduction in reduced if isinstance(reduction, ReduceShared)),
+        reduced_bytes=reduced,
         payload_bytes={route: _payload_bytes(plan, route) for route in every},
     )
+
+
+def _reduced_bytes(plan: Plan) -> dict[Reduction, int]:
+    """Bytes of every sum over replicas, statistics that travel with it included; then of those over stages."""
+    stages = [stage.layers for stage in plan.stages]
+    result: dict[Reduction, int] = {}
+    for index, held in enumerate(held_bytes(plan.costs, stages)):
+        told = sum(plan.costs.layer_by_name[name].statistics_bytes for name in stages[index])
+        if plan.stages[index].num_replicas > 1 and (held.own or told):
+            result[Reduce(index)] = held.own + plan.num_microbatches * told
+    for group in shared_groups(plan.costs, stages):
+        result[ReduceShared(group.stages)] = group.bytes
+    return result
 
 
 def _payload_bytes(plan: Plan, route: Route) -> int:

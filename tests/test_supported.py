@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pipeflow as pf
 from pipeflow.errors import PipeflowError
+from pipeflow.testing import unit_costs
 from pipeflow.testing.graphs import RunningShift
 from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
 from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
@@ -218,6 +219,18 @@ def replicated_buffers() -> None:
     pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0, 1))]), sgd)
 
 
+def shared_apart() -> None:
+    shared = nn.Linear(4, 4)
+    graph = chain(shared, shared)
+    make_plan(graph, [(["first", "middle0"], (0,)), (["middle1", "last", "loss"], (1,))])
+
+
+def copies_in_phases() -> None:
+    graph = chain()
+    graph.phase("first", losses=["loss"], trains=["first.*"])
+    pf.plan(graph, unit_costs(graph), pf.Cluster.uniform(1), batch_size=4, shared="copies")
+
+
 def closure_optimizer() -> None:
     graph = forked_graph()
     pf.Engine(graph, make_plan(graph, THREE_STAGES), torch.optim.LBFGS)
@@ -298,6 +311,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a loss that no parameter reaches": loss_without_parameters,
     "an input that no layer reads": unread_input,
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
+    'layers that share parameters on several stages, without `shared="copies"`': shared_apart,
+    "copies of shared parameters in a graph that trains in phases": copies_in_phases,
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,
     "a layer that does not run in the types of the precision": no_kernel_for_the_type,

@@ -23,6 +23,7 @@ from pipeflow.program import (
     Program,
     Receive,
     Reduce,
+    ReduceShared,
     Send,
     Step,
     parse_action,
@@ -49,13 +50,37 @@ class Oracle:
         self.computed: list[Compute] = []
         self.freed: list[Free] = []
         self.channels: dict[tuple[int, int], deque[tuple[object, int]]] = {}
-        self.started: list[list[int]] = [[] for _ in program.actions_by_rank]
+        self.started: list[list[Action]] = [[] for _ in program.actions_by_rank]
         self.stepped: list[tuple[int, int]] = []
         self.position = [0] * program.num_ranks
 
-    def learns(self, stage: int, *, parameters: bool = False) -> bool:
+    def learns(self, stage: int) -> bool:
         layers = [self.plan.costs.layer_by_name[n] for n in self.plan.stages[stage].layers]
-        return self.training and any(c.has_backward and (c.parameter_bytes or not parameters) for c in layers)
+        return self.training and any(c.has_backward for c in layers)
+
+    def sums(self, stage: int) -> dict[str, Action | None]:
+        """What the stage trains, by name, and the sum that each takes part in."""
+        if not self.training:
+            return {}
+        costs, names = self.plan.costs, self.plan.stages[stage].layers
+        copied = [s for s in costs.shared if costs.sharing == "copies" and s.is_copyable and s.bytes]
+        alone = Reduce(stage) if len(self.plan.stages[stage].devices) > 1 else None
+        result: dict[str, Action | None] = {}
+        for layer in (costs.layer_by_name[n] for n in names):
+            if layer.has_backward and layer.parameter_bytes > sum(s.bytes for s in copied if layer.name in s.layers):
+                result[layer.name] = alone
+        for shared in copied:
+            stages = tuple(sorted({self.plan.stage_by_layer[n] for n in shared.layers}))
+            if stage in stages and shared.is_trained:
+                result[shared.name] = ReduceShared(stages) if len(stages) > 1 else alone
+            elif any(costs.layer_by_name[n].has_backward for n in shared.layers if n in names):
+                result[shared.name] = alone
+        return result
+
+    def ranks(self, reduction: Action) -> set[int]:
+        assert isinstance(reduction, Reduce | ReduceShared)
+        stages = (reduction.stage,) if isinstance(reduction, Reduce) else reduction.stages
+        return {rank for stage in stages for rank in self.plan.stages[stage].devices}
 
     def rank(self, stage: int, microbatch: int) -> int:
         return rank_of(self.plan.placement, stage, microbatch)
@@ -72,12 +97,7 @@ class Oracle:
         except (AssertionError, KeyError):
             return False
         everything = [(s, m) for s in range(len(self.plan.stages)) for m in range(self.plan.num_microbatches)]
-        replicas = [
-            (rank, s)
-            for s, stage in enumerate(self.plan.stages)
-            for rank in stage.devices
-            if self.learns(s, parameters=True)
-        ]
+        replicas = [(rank, s) for s, stage in enumerate(self.plan.stages) for rank in stage.devices if self.sums(s)]
         return (
             all(p == len(a) for p, a in zip(self.position, self.program.actions_by_rank, strict=True))
             and sorted(map(str, self.computed)) == sorted(str(c) for s, m in everything for c in self.computes(s, m))
@@ -111,16 +131,20 @@ class Oracle:
                 assert self.rank(stage, microbatch) == rank
                 self.held.pop((stage, microbatch))
                 self.freed.append(action)
-            case Reduce(stage):
-                assert stage not in self.started[rank]
-                assert len(self.plan.stages[stage].devices) > 1
-                self.check_gradients(rank, stage)
-                self.started[rank].append(stage)
+            case Reduce() | ReduceShared():
+                assert action not in self.started[rank]
+                assert rank in self.ranks(action)
+                summed = [s for s in range(len(self.plan.stages)) if action in self.sums(s).values()]
+                assert summed
+                for stage in summed:
+                    if rank in self.plan.stages[stage].devices:
+                        self.check_gradients(rank, stage)
+                self.started[rank].append(action)
             case Step(stage):
                 self.check_gradients(rank, stage)
-                if len(self.plan.stages[stage].devices) > 1:
-                    assert stage in self.started[rank]
-                    if not self.is_reduced(stage, set()):
+                for reduction in filter(None, self.sums(stage).values()):
+                    assert reduction in self.started[rank]
+                    if not self.is_reduced(reduction, []):
                         return False
                 self.stepped.append((rank, stage))
         self.position[rank] += 1
@@ -179,19 +203,19 @@ class Oracle:
         return True
 
     def check_gradients(self, rank: int, stage: int) -> None:
-        assert self.learns(stage, parameters=True)
+        assert self.sums(stage)
         assert rank in self.plan.stages[stage].devices
         for microbatch in range(self.plan.num_microbatches):
             if self.rank(stage, microbatch) == rank:
-                assert Compute(Kind.BACKWARD, stage, microbatch) in self.computed
+                assert self.computes(stage, microbatch)[-1] in self.computed
 
-    def is_reduced(self, stage: int, below: set[int]) -> bool:
-        """All replicas have started it, after others that can end before it."""
-        if stage in below:
+    def is_reduced(self, reduction: Action, below: list[Action]) -> bool:
+        """All its ranks have started it, after others that can end before it."""
+        if reduction in below:
             return False
-        started = [self.started[rank] for rank in self.plan.stages[stage].devices]
+        started = [self.started[rank] for rank in self.ranks(reduction)]
         return all(
-            stage in s and all(self.is_reduced(other, below | {stage}) for other in s[: s.index(stage)])
+            reduction in s and all(self.is_reduced(other, [*below, reduction]) for other in s[: s.index(reduction)])
             for s in started
         )
 

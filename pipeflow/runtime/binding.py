@@ -11,7 +11,8 @@ wait for each other in vain.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ from pipeflow.program import (
     Placement,
     Receive,
     Reduce,
+    ReduceShared,
     Route,
     Send,
     Step,
     rank_of,
+    ranks_of,
 )
-from pipeflow.runtime.rank_state import RankState, StageState
+from pipeflow.runtime.rank_state import RankState
+from pipeflow.runtime.reduction import reduce_gradients
 from pipeflow.runtime.stage import Slots
 from pipeflow.runtime.transport import Payload, Transport
 
@@ -54,6 +58,7 @@ class Binder:
         keep: tensors to keep as outputs.
         train: whether backward will follow.
         reduces: whether gradients are summed over replicas, or only added up here.
+        shared: names of the parameters that the same stages hold copies of, by those stages.
     """
 
     rank: int
@@ -65,6 +70,7 @@ class Binder:
     keep: tuple[str, ...]
     train: bool
     reduces: bool = True
+    shared: Mapping[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
 
     def bind(self, action: Action) -> Closure | None:
         """The action as a function, or None where nothing is left to do."""
@@ -86,6 +92,8 @@ class Binder:
                 return self._free(action)
             case Reduce():
                 return self._reduce(action.stage)
+            case ReduceShared():
+                return self._reduce_shared(action)
             case Step():
                 return self._step(action.stage)
 
@@ -276,12 +284,34 @@ class Binder:
         statistics, reduces = stage.replica.statistics, self.reduces
         if not reduces and statistics is None:
             return None
+        replica = stage.replica
+        own = [p for name, p in replica.parameters.items() if name not in replica.copied]
 
         def reduce() -> None:
             if reduces:
-                stage.finish_reduce = start_reduce(stage, transport, index)
+                replica.collect_gradients()
+                trained = [[p] for p in own if p.requires_grad]  # a phase freezes what it does not train
+                start = partial(transport.start_reduce, index)
+                stage.finish_reduce = reduce_gradients(trained, start, replica.precision.reduced)
             if statistics is not None:
                 stage.finish_statistics = statistics.start_exchange(transport, index, sizes)
+
+        return reduce
+
+    def _reduce_shared(self, action: ReduceShared) -> Closure | None:
+        if not self.reduces:
+            return None
+        held = [self.state.stages[index] for index in action.stages if index in self.state.stages]
+        copies = [[stage.replica.parameters[name] for stage in held] for name in self.shared[action.stages]]
+        start = partial(self.transport.start_shared, action.stages, ranks_of(self.placement, action))
+        dtype = held[0].replica.precision.reduced
+
+        def reduce() -> None:
+            for stage in held:
+                stage.replica.collect_gradients()
+            finish = reduce_gradients(copies, start, dtype)
+            for stage in held:
+                stage.finish_shared.append(finish)
 
         return reduce
 
@@ -319,33 +349,3 @@ def _edge(root: Tensor) -> GradientEdge | None:
 def _gradient(leaf: Tensor) -> Tensor:
     """The gradient of a leaf; zeros where the layers that read it turned out not to need it."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def start_reduce(stage: StageState, transport: Transport, index: int) -> Callable[[], None]:
-    """Starts to sum a stage's gradients over its replicas; the result waits and puts the sums in place.
-
-    One message holds all gradients of one dtype, and for each parameter how many replicas have
-    one: a parameter without any stays without, as on one device. It is of the precision's `reduce`
-    type, where there is one.
-    """
-    stage.replica.collect_gradients()
-    reduce = stage.replica.precision.reduce
-    trained = [p for p in stage.replica.parameters.values() if p.requires_grad]
-    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-    for parameter in trained:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    pending = []
-    for own, parameters in by_dtype.items():
-        dtype: torch.dtype = getattr(torch, reduce) if reduce else own
-        present = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0])
-        parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in parameters]
-        pending.append((parameters, transport.start_reduce(index, torch.cat([*parts, present]).to(dtype))))
-
-    def finish() -> None:
-        for parameters, wait in pending:
-            total = wait()
-            *sums, present = torch.split(total, [*(p.numel() for p in parameters), len(parameters)])
-            for parameter, gradient, count in zip(parameters, sums, present.tolist(), strict=True):
-                parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if count else None
-
-    return finish

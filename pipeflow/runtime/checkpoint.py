@@ -79,7 +79,7 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
     settings: dict[str, Any] = {}
     schedulers: dict[str, Any] = {}
     for replica in replicas:
-        tensors |= {f"model.{name}": t.detach() for name, t in replica.tensors().items()}
+        tensors |= {f"model.{n}": t.detach() for n, t in replica.tensors().items() if n not in replica.borrowed}
         for phase, training in replica.training_by_phase.items():
             moments, hyper = _optimizer_state(replica, training)
             tensors |= {f"{_optimizer_key(phase)}.{name}": t for name, t in moments.items()}
@@ -186,6 +186,8 @@ def _optimizer_state(replica: StageReplica, training: Training) -> tuple[dict[st
         options = {k: v for k, v in group.items() if k != "params"}
         for parameter in group["params"]:
             name = name_by_id[id(parameter)]
+            if name in replica.borrowed:
+                continue
             hyper[name] = _plain(options)
             for key, value in training.optimizer.state.get(parameter, {}).items():
                 if value is not None:

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -148,6 +148,7 @@ class DistributedTransport:
         placement: ranks of each stage's replicas.
         channels: (source, target) of every directed pair of ranks that talk, sorted.
         specs: of every tensor of the graph.
+        sharing: by stages that hold copies of parameters, the ranks of all their replicas.
         digest: of all that the ranks must agree on.
         device: where this rank computes.
 
@@ -161,6 +162,7 @@ class DistributedTransport:
         channels: Sequence[tuple[int, int]],
         specs: dict[str, TensorSpec],
         *,
+        sharing: Mapping[tuple[int, ...], tuple[int, ...]],
         digest: str,
         device: torch.device,
     ) -> None:
@@ -181,6 +183,9 @@ class DistributedTransport:
             group = shared or dist.new_group(sorted((source, target)), backend=backend)
             self._data[source, target] = group
         self._reduce = {s: dist.new_group(sorted(r), backend=backend) for s, r in enumerate(placement) if len(r) > 1}
+        self._shared = {
+            stages: dist.new_group(ranks, backend=backend) for stages, ranks in sharing.items() if len(ranks) > 1
+        }
         self._world = shared or dist.new_group(backend=backend)
         self._channels: dict[int, _Channel] = {}
         self._cut = even_cut(0, 1)
@@ -331,6 +336,9 @@ class DistributedTransport:
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
         return self._start_sum(tensor, self._reduce[stage])
 
+    def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
+        return self._start_sum(tensor, self._shared[stages]) if len(ranks) > 1 else lambda: tensor
+
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
         num_ranks = dist.get_world_size()
         if num_ranks > _DIRECT_RANKS:
@@ -408,7 +416,10 @@ class DistributedTransport:
 
     def abort(self) -> None:
         """Breaks all groups of this rank: whoever waits for it, or it for whom, stops waiting."""
-        groups = {id(g): g for g in (self._control, self._world, *self._data.values(), *self._reduce.values())}
+        groups = {
+            id(g): g
+            for g in (self._control, self._world, *self._data.values(), *self._reduce.values(), *self._shared.values())
+        }
         for group in groups.values():
             if self.rank not in (ranks := dist.get_process_group_ranks(group)):
                 continue
@@ -424,7 +435,7 @@ class DistributedTransport:
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""
         self._closed.set()
-        for group in (*self._reduce.values(), self._control):
+        for group in (*self._reduce.values(), *self._shared.values(), self._control):
             with suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(group)
 

@@ -112,6 +112,11 @@ class Precision(Value):
             )
         return self.numerics(kinds[0])
 
+    @property
+    def reduced(self) -> torch.dtype | None:
+        """The type in which gradients travel; None for their own."""
+        return None if self.reduce is None else getattr(torch, self.reduce)
+
     def stored(self, spec: TensorSpec) -> torch.dtype:
         """The type in which a parameter or buffer is saved: as declared, or float32 for masters of half types."""
         dtype: torch.dtype = getattr(torch, spec.dtype)

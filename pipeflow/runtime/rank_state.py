@@ -35,6 +35,7 @@ class StageState:
         live: by micro-batch, the slots between its forward and its `Free`. After forward, only what backward
             starts from or gives.
         finish_reduce: waits for the running sum of gradients, if one was started.
+        finish_shared: the same for sums over several stages.
         keyed_layers: those to be told which call and samples they work on; by default the random ones.
         finish_statistics: waits for the replicas' statistics and takes them in, if they were sent.
     """
@@ -46,6 +47,7 @@ class StageState:
     outbox: list[dict[int, list[Tensor]]] = field(default_factory=list)
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None
+    finish_shared: list[Callable[[], None]] = field(default_factory=list)
     finish_statistics: Callable[[], None] | None = None
     keyed_layers: Sequence[Keyed] = ()
 
@@ -53,7 +55,9 @@ class StageState:
         self.keyed_layers = self.keyed_layers or self.replica.random_layers
 
     def wait_reduce(self) -> None:
-        """Puts the summed gradients in place, if a sum was started, or those of this replica alone."""
+        """Puts the summed gradients in place, where sums were started, or those of this replica alone."""
+        while self.finish_shared:
+            self.finish_shared.pop()()
         if self.finish_reduce is not None:
             self.finish_reduce()
             self.finish_reduce = None
@@ -123,6 +127,7 @@ class RankState:
             stage.outbox = [{} for _ in range(self.num_microbatches)]
             stage.live = [None] * self.num_microbatches
             stage.finish_reduce = stage.finish_statistics = None
+            stage.finish_shared = []
 
     def begin(self, batch: MicroBatches, *, share: float, draw: int) -> None:
         """Takes a batch.

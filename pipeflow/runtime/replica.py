@@ -48,6 +48,11 @@ class StageReplica:
         device: where to put the weights.
         seed: for lazily built layers and for random ones.
         precision: the types of parameters and of sums of gradients.
+
+    Attributes:
+        parameters: by the name that the state has them under, each once.
+        copied: names of those whose gradients are summed over several stages.
+        borrowed: names of parameters and buffers that another stage saves and counts.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class StageReplica:
         seed: int,
         precision: Precision | None = None,
     ) -> None:
+        self._graph = graph
         self.layers = tuple(layers)
         self.precision = precision or Precision()
         self.modules: dict[str, nn.Module] = {}
@@ -72,23 +78,24 @@ class StageReplica:
                 self.random_layers.append(function)
             self.functions[name] = function
         self.statistics: RunningStatistics | None = None
-        self.parameters = dict(named(self.modules, nn.Module.named_parameters))
+        self.parameters = self._named(nn.Module.named_parameters)
+        self.copied: frozenset[str] = frozenset()
+        self.borrowed: frozenset[str] = frozenset()
         self.masters = self._make_masters(graph, device) if self.precision.parameters else None
         self.training_by_phase: dict[str | None, Training] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
         self._phase: str | None = None
-        self._graph = graph
 
     def _make_masters(self, graph: LayerGraph, device: torch.device) -> Masters:
         """Casts what the layers compute with; what is trained and saved stays as it was."""
         numerics, memo = self.precision.numerics(device.type), dict[int, Tensor]()
         for module in self.modules.values():
             numerics.cast(module, memo)
-        buffers = dict(named(self.modules, _persistent_buffers))
+        buffers = self._named(_persistent_buffers)
         masters = Masters(
             self.parameters,
-            dict(named(self.modules, nn.Module.named_parameters)),
+            self._named(nn.Module.named_parameters),
             buffers,
             {name: self.precision.stored(graph.buffers[name]) for name in buffers},
             accumulate=self.precision.accumulate,
@@ -189,7 +196,10 @@ class StageReplica:
         if self.masters is not None:
             self.masters.save_buffers()
             return {**self.parameters, **self.masters.buffers}
-        return {**self.parameters, **dict(named(self.modules, _persistent_buffers))}
+        return {**self.parameters, **self._named(_persistent_buffers)}
+
+    def _named(self, listing: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+        return {self._graph.canonical(name): value for name, value in named(self.modules, listing)}
 
     def written(self) -> None:
         """What `tensors` gave has new values: layers that compute with casts of them are given these."""

@@ -62,16 +62,16 @@ class Exchange:
         self.placement = placement
         self._lock = threading.Lock()
         self._channels: dict[tuple[int, int], SimpleQueue[object]] = {}
-        self._sums: dict[tuple[str, int], list[tuple[_Sum, set[int]]]] = {}
+        self._sums: dict[tuple[str, object], list[tuple[_Sum, set[int]]]] = {}
         self.aborted = False
 
     def channel(self, source: int, target: int) -> SimpleQueue[object]:
         with self._lock:
             return self._channels.setdefault((source, target), SimpleQueue())
 
-    def join_sum(self, kind: str, index: int, rank: int, num_ranks: int) -> _Sum:
+    def join_sum(self, kind: str, index: object, rank: int, num_ranks: int) -> _Sum:
         """The first running sum that this rank has not joined yet; the last to join closes it."""
-        key = (kind, index)
+        key: tuple[str, object] = (kind, index)
         with self._lock:
             queue = self._sums.setdefault(key, [])
             pair = next((pair for pair in queue if rank not in pair[1]), None)
@@ -146,6 +146,11 @@ class ThreadTransport:
         replicas = self._exchange.placement[stage]
         running = self._exchange.join_sum("reduce", stage, self._rank, len(replicas))
         running.give(replicas.index(self._rank), tensor)
+        return lambda: running.wait(self._device)
+
+    def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
+        running = self._exchange.join_sum("shared", stages, self._rank, len(ranks))
+        running.give(ranks.index(self._rank), tensor)
         return lambda: running.wait(self._device)
 
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:

@@ -38,6 +38,9 @@ class Transport(Protocol):
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
         """Starts to sum `tensor` over the stage's replicas; the result waits and gives the sum."""
 
+    def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts to sum `tensor` over `ranks`, all that hold a replica of one of the stages."""
+
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
         """Starts to sum a small float64 CPU tensor over all ranks; the result waits and gives the sum."""
 

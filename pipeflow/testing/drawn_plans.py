@@ -6,14 +6,15 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import networkx as nx
 from hypothesis import strategies as st
 
 from pipeflow.errors import VerificationError
 from pipeflow.execution_plan import Plan
-from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, SharedTensor, TensorCosts
+from pipeflow.graphs.sharing import with_copies
 from pipeflow.lowering import lower
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Certificate, Stage
@@ -38,6 +39,7 @@ def plans(
     max_microbatches: int = 9,
     equal_replicas: bool | None = None,
     shared_ranks: bool = True,
+    copies: bool = True,
     schedules: Collection[str] = tuple(SCHEDULES),
     recompute: bool = True,
     graph_digest: str = "",
@@ -54,11 +56,14 @@ def plans(
         equal_replicas: True for one replica count for all stages (those that can), False for a
             count of its own for each, None for either.
         shared_ranks: whether a rank may hold several stages.
+        copies: whether layers that share parameters may be on several stages.
         schedules: names to choose from.
         recompute: whether layers may be recomputed; in most plans none is.
         graph_digest: of the layer graph that the costs are of.
     """
     costs = graphs if isinstance(graphs, GraphCosts) else draw(learnable_costs() if graphs is None else graphs)
+    if copies and costs.shared and not costs.phases:
+        costs = with_copies(costs) if draw(st.booleans(), label="copies") else costs
     layers = _draw_stages(draw, costs, min(max_stages, len(costs.layers)))
     replicas = _draw_replicas(draw, costs, layers, min(max_replicas, max_ranks), equal_replicas)
     while not shared_ranks and sum(replicas) > max_ranks:
@@ -113,6 +118,8 @@ def learnable_costs(draw: st.DrawFn, *, max_layers: int = 7) -> GraphCosts:
         readers = [r for t in layer.outputs for r in drawn.consumers_by_tensor[t.name]]
         reached[layer.name] = learns[layer.name] and (not readers or any(reached[r] for r in readers))
 
+    shared = _draw_shared(draw, drawn.layers, learns)
+
     def tensor(t: TensorCosts, layer: LayerCosts) -> TensorCosts:
         needed = learns[layer.name] and any(reached[r] for r in drawn.consumers_by_tensor[t.name])
         return t.model_copy(update={"gradient_bytes": max(1, t.bytes) if needed else 0})
@@ -129,8 +136,37 @@ def learnable_costs(draw: st.DrawFn, *, max_layers: int = 7) -> GraphCosts:
             )
             for layer in drawn.layers
         ),
-        colocated=drawn.colocated,
+        colocated=(*drawn.colocated, *_joined(shared)),
+        shared=shared,
     )
+
+
+def _draw_shared(draw: st.DrawFn, layers: Sequence[LayerCosts], learns: Mapping[str, bool]) -> tuple[SharedTensor, ...]:
+    """Up to two tensors that two or three layers use; the first that learns is charged for it, if it can be."""
+    result = []
+    for index in range(draw(st.sampled_from([0, 0, 1, 2])) if len(layers) > 1 else 0):
+        users = draw(st.sets(st.sampled_from([layer.name for layer in layers]), min_size=2, max_size=3))
+        named = tuple(layer for layer in layers if layer.name in users)
+        counted = next((layer for layer in named if learns[layer.name]), named[0])
+        size = draw(st.integers(0, counted.parameter_bytes // 2))
+        result.append(
+            SharedTensor(
+                name=f"{named[0].name}.shared{index}",
+                layers=tuple(layer.name for layer in named),
+                bytes=size,
+                is_trained=size > 0 and any(learns[layer.name] for layer in named) and draw(st.booleans()),
+                is_copyable=draw(st.integers(0, 4)) < 4,
+            )
+        )
+    return tuple(result)
+
+
+def _joined(shared: Sequence[SharedTensor]) -> list[tuple[str, ...]]:
+    """The layers that are joined by what they share."""
+    graph: nx.Graph[str] = nx.Graph()
+    for tensor in shared:
+        nx.add_path(graph, tensor.layers)
+    return [tuple(sorted(group)) for group in nx.connected_components(graph)]
 
 
 def _draw_stages(draw: st.DrawFn, costs: GraphCosts, limit: int) -> list[list[str]]:

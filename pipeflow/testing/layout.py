@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeflow.engine import Engine
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.sharing import shared_groups
 from pipeflow.runtime.microbatch import Batch
 from pipeflow.runtime.reference import Reference
 from pipeflow.runtime.replica import OptimizerFactory
@@ -85,6 +86,10 @@ def compare_trajectories(expected: Trajectory, seen: Trajectory, *, tolerance: f
             assert error <= tolerance, f"{story}: {name!r} differs by {float(error):.3g} relative"
 
 
+def _keeps_copies(plan: Plan) -> bool:
+    return bool(shared_groups(plan.costs, [stage.layers for stage in plan.stages]))
+
+
 def check_layout_invariance(
     graph: LayerGraph,
     plan: Plan,
@@ -99,10 +104,11 @@ def check_layout_invariance(
     """Raises AssertionError unless the plan trains the graph as one device does.
 
     Compares the losses of every step, of an evaluation after, and all parameters and buffers:
-    to the last bit where every stage has one replica, else within `tolerance`.
+    to the last bit where every stage has one replica and none a copy of another's parameter, else
+    within `tolerance`.
 
     Args:
-        graph: the model. Use float64 with several replicas.
+        graph: the model. Use float64 with several replicas, and with copies of shared parameters.
         plan: for it.
         batches: training steps to take, of any sizes, each whole or in micro-batches.
         optimizer: by default SGD with momentum; with several replicas in small steps, so that
@@ -116,7 +122,7 @@ def check_layout_invariance(
         return torch.optim.SGD(parameters, lr=0.05 if single else 1e-3, momentum=0.9)
 
     factory = optimizer or sgd
-    single = all(stage.num_replicas == 1 for stage in plan.stages)
+    single = all(stage.num_replicas == 1 for stage in plan.stages) and not _keeps_copies(plan)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # kernels may add in another order with more
     try:

@@ -44,4 +44,5 @@ def unit_costs(graph: LayerGraph, *, samples: int = 1, seconds: float = 1e-3) ->
         ),
         colocated=graph.colocated,
         phases=phase_costs(graph),
+        shared=graph.shared,
     )

@@ -39,6 +39,9 @@ class Network:
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
         raise AssertionError("one replica")
 
+    def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
+        raise AssertionError("one stage")
+
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
         raise AssertionError("no losses here")
 

@@ -53,7 +53,13 @@ def drawn_cases(rank: int, num_ranks: int, num_cases: int, max_replicas: int) ->
         regular = layer_graphs(dtype=dtype, allow_random=True, allow_shared=True, allow_buffers=True)
         graph = data.draw(st.one_of(regular, regular, sequence_graphs(dtype=dtype)))
         plan = data.draw(
-            plans(unit_costs(graph), max_ranks=num_ranks, max_replicas=max_replicas, graph_digest=graph.digest)
+            plans(
+                unit_costs(graph),
+                max_ranks=num_ranks,
+                max_replicas=max_replicas,
+                copies=max_replicas > 1,
+                graph_digest=graph.digest,
+            )
         )
         assume(plan.num_ranks == num_ranks)
         batches = data.draw(training_batches(graph, plan.num_microbatches, max_steps=2))

@@ -22,7 +22,7 @@ from pipeflow.testing.graphs import sample_batch
 @settings(max_examples=120)
 def test_single_replicas_are_bitwise_the_reference(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs(allow_random=True, allow_shared=True, allow_buffers=True))
-    plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, graph_digest=graph.digest))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, copies=False, graph_digest=graph.digest))
     batches = data.draw(training_batches(graph, plan.num_microbatches))
     options, num_accumulated = data.draw(training_options(graph)), data.draw(st.sampled_from([0, 0, 1]))
     check_layout_invariance(graph, plan, batches, options=options, num_accumulated=num_accumulated)

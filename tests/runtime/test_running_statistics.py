@@ -137,9 +137,17 @@ def test_statistics_are_those_of_one_device(case: Callable[[], pf.LayerGraph], s
     """Micro-batches of unequal sizes, and fewer than there are: replicas without any have the statistics too."""
     graph = case()
     batches = [sample_batch(graph, n, seed=n) for n in (12, 2, 7)]
-    for plan in layouts(graph, schedule):
-        for num_accumulated in (0, 1):
-            check_layout_invariance(graph, plan, batches, num_accumulated=num_accumulated)
+    for num_accumulated, plan in enumerate(layouts(graph, schedule)):
+        check_layout_invariance(graph, plan, batches, num_accumulated=num_accumulated)
+
+
+def test_a_norm_that_is_computed_again_has_been_seen_once() -> None:
+    graph = called_twice()
+    for plan in layouts(graph, "1f1b"):
+        again = [stage.with_recompute([name for name in stage.layers if name != "loss"]) for stage in plan.stages]
+        check_layout_invariance(
+            graph, plan.model_copy(update={"stages": tuple(again)}), [sample_batch(graph, n) for n in (12, 2)]
+        )
 
 
 def over_gloo(rank: int) -> None:
