@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pipeflow.errors import PlanError
-from pipeflow.flows import Flow, routes
+from pipeflow.flows import Flow
 from pipeflow.program import (
     Action,
     Compute,
@@ -33,9 +33,9 @@ from pipeflow.program import (
     Route,
     Send,
     Step,
-    rank_of,
     ranks_of,
 )
+from pipeflow.runtime.messages import Messages
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.reduction import reduce_gradients
 from pipeflow.runtime.stage import Slots
@@ -59,6 +59,7 @@ class Binder:
         train: whether backward will follow.
         reduces: whether gradients are summed over replicas, or only added up here.
         shared: names of the parameters that the same stages hold copies of, by those stages.
+        messages: what each route carries.
     """
 
     rank: int
@@ -71,6 +72,10 @@ class Binder:
     train: bool
     reduces: bool = True
     shared: Mapping[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
+    messages: Messages = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", Messages(self.placement, self.flow_by_tensor, self.carried))
 
     def bind(self, action: Action) -> Closure | None:
         """The action as a function, or None where nothing is left to do."""
@@ -97,22 +102,6 @@ class Binder:
             case Step():
                 return self._step(action.stage)
 
-    def payload(self, route: Route) -> tuple[str, ...]:
-        """What the route carries for this executor; both ends agree on it."""
-        if route.direction is Direction.BACKWARD:
-            return route.payload
-        return tuple(t for t in route.payload if (t, route.target) in self.carried)
-
-    def _local_routes(self, stage: int, microbatch: int, direction: Direction) -> list[Route]:
-        """Routes from the stage to others that this rank runs too, for this micro-batch."""
-        return [
-            route
-            for route in routes(self.flow_by_tensor)
-            if route.direction is direction
-            and route.source == stage
-            and rank_of(self.placement, route.target, microbatch) == self.rank
-        ]
-
     def _forward(self, index: int, m: int) -> Closure:
         state, stage = self.state, self.state.stages[index]
         compiled, arrivals, live, sizes = stage.compiled, stage.arrivals, stage.live, state.sizes
@@ -125,8 +114,8 @@ class Binder:
         kept = [(t, compiled.slot_by_tensor[t]) for t in self.keep if t in compiled.slot_by_tensor]
         handover = [
             (self.state.stages[route.target], tensor, compiled.slot_by_tensor[tensor])
-            for route in self._local_routes(index, m, Direction.FORWARD)
-            for tensor in self.payload(route)
+            for route in self.messages.routes_to_rank(Direction.FORWARD, index, m, self.rank)
+            for tensor in self.messages.needed(route)
         ]
         keyed_layers = stage.keyed_layers
         outgoing = self._outgoing(index, m)
@@ -190,7 +179,7 @@ class Binder:
         leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
         handover = [
             (self.state.stages[route.target].gradients, part, leaf_by_part[part])
-            for route in self._local_routes(index, m, Direction.BACKWARD)
+            for route in self.messages.routes_to_rank(Direction.BACKWARD, index, m, self.rank)
             for part in route.payload
         ]
 
@@ -225,7 +214,7 @@ class Binder:
         return backward
 
     def _send(self, action: Send) -> Closure | None:
-        names = self.payload(action.route)
+        names = self.messages.sent(action.route, action.microbatch)
         if not names:
             return None
         stage, m = self.state.stages[action.route.source], action.microbatch
@@ -248,28 +237,34 @@ class Binder:
         slots = self.state.stages[stage].compiled.slot_by_tensor
         return [
             (route.target, [slots[t] for t in names])
-            for route in routes(self.flow_by_tensor)
-            if route.direction is Direction.FORWARD
-            and route.source == stage
-            and rank_of(self.placement, route.target, microbatch) != self.rank
-            and (names := self.payload(route))
+            for route in self.messages.routes_to_others(stage, microbatch, self.rank)
+            if (names := self.messages.sent(route, microbatch))
         ]
 
     def _receive(self, action: Receive) -> Closure | None:
-        names = self.payload(action.route)
+        names = self.messages.sent(action.route, action.microbatch)
         if not names:
             return None
         stage, m = self.state.stages[action.route.target], action.microbatch
         rows: Sequence[dict[str, Tensor]]
         rows = stage.arrivals if action.route.direction is Direction.FORWARD else stage.gradients
         receive: Callable[[int], Payload] = self.transport.receiver(Route(*action.route[:3], names), action.peer)
+        also = [(self.state.stages[n].arrivals, common) for n, common in self.messages.shared(action.route, m)]
 
         def wait() -> None:
             payload = receive(m)
             if payload is not None:
                 rows[m].update(zip(names, payload, strict=True))
 
-        return wait
+        def wait_for_several() -> None:
+            payload = receive(m)
+            if payload is not None:
+                row = dict(zip(names, payload, strict=True))
+                rows[m].update(row)
+                for others, common in also:
+                    others[m].update((name, row[name]) for name in common)
+
+        return wait_for_several if also else wait
 
     def _free(self, action: Free) -> Closure:
         live, m = self.state.stages[action.stage].live, action.microbatch

@@ -75,7 +75,7 @@ class Executor:
             for action, closure in self._bound
         ]
         self._receives = [
-            action._replace(route=action.route._replace(payload=binder.payload(action.route)))
+            action._replace(route=action.route._replace(payload=binder.messages.sent(action.route, action.microbatch)))
             for action, _ in bound
             if isinstance(action, Receive)
         ]
