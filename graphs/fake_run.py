@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,12 +123,14 @@ def run(
     there = {id(t) for t in kept_tensors(module).values()}
     # A module may already be on an accelerator; without data its inputs can be there too.
     device = next((p.device for p in module.parameters()), None)
-    if numerics is not None:
+    if numerics is None:
+        numerics = Numerics(device.type if device is not None else "cpu")
+    else:
         device = torch.device(numerics.device)
     effects = Effects(earlier or {})
     with (
         torch.enable_grad(),
-        nullcontext() if numerics is None else numerics.context(),
+        numerics.context(),
         mode,
         norm_calls(function) as calls,
         foreign_calls(function) as foreign,

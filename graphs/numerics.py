@@ -7,7 +7,7 @@ which types a model should have (`pipeflow.runtime.precision`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,14 @@ class Numerics:
     parameters: str | None = None
 
     def context(self) -> AbstractContextManager[object]:
-        """The autocast to run layers in; a thread's own, and not to be entered twice at a time.
+        """The autocast to run layers in, or none whatever is around; a thread's own, and not to be entered twice.
 
         Without autocast's cache of weights: it is one for all threads, and what it keeps depends
         on how layers are dealt to ranks. A weight that a layer reads twice is cast twice, and its
         gradients add up in its own type.
         """
         if self.autocast is None:
-            return nullcontext()
+            return torch.autocast(self.device, enabled=False)
         return torch.autocast(self.device, dtype=getattr(torch, self.autocast), cache_enabled=False)
 
     def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:

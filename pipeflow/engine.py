@@ -79,7 +79,8 @@ class Engine(AbstractContextManager["Engine"]):
         plan: for this graph. It is verified before anything runs.
         optimizer: makes an optimizer for a list of parameters; called once per stage replica.
             None for inference alone. For a graph with phases, one for each by name, or one for all.
-        lr_scheduler: makes a scheduler from an optimizer; stepped after each step. By phase as well.
+        lr_scheduler: makes a scheduler from an optimizer; stepped after each step; one that takes
+            a metric (`ReduceLROnPlateau`) is given the step's loss. By phase as well.
         parameter_groups: options of the optimizer for parameters by name pattern, for example
             `{"*.bias": {"weight_decay": 0.0}}`; the first pattern that fits `<layer>.<name>` holds.
         clip_norm: scale gradients so that their norm over the whole model is at most this.
@@ -429,6 +430,7 @@ class Engine(AbstractContextManager["Engine"]):
     def _run(self, job: _Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
+        self._precision.check_surroundings()
         executors = self._executor(job)
         microbatches = self._check_batch(job, batch)
         draw = self._calls + (job.session.num_steps if job.session is not None else 0)
@@ -457,9 +459,19 @@ class Engine(AbstractContextManager["Engine"]):
         verdict = first.state.verdict
         num_samples = microbatches.cut.num_samples
         scale = self.loss_scale if train else None
-        if self._scaler is not None and job.work == "step":
-            self._scaler.update(overflow=verdict.overflow)
-        return StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip, scale), microbatches
+        result = StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip, scale)
+        if job.work == "step":
+            self._end_step(result, overflow=verdict.overflow)
+        return result, microbatches
+
+    def _end_step(self, result: StepResult, *, overflow: bool) -> None:
+        """What follows from a step for the next."""
+        if self._scaler is not None:
+            self._scaler.update(overflow=overflow)
+        if not result.skipped:
+            for replicas in self._replicas.values():
+                for replica in replicas.values():
+                    replica.follow_loss(result.loss)
 
     def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:

@@ -243,6 +243,15 @@ def step_without_a_phase() -> None:
         engine.step({"x": torch.zeros(4, 4)})
 
 
+def recorded_steps() -> None:
+    pf.Reference(forked_graph(), lambda p: torch.optim.Adam(p, differentiable=True))
+
+
+def autocast_around() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pf.Reference(chain(), sgd).step({"x": torch.zeros(4, 4)})
+
+
 def no_kernel_for_the_type() -> None:
     graph = pf.LayerGraph("bilinear")
     h = graph.add("first", pf.lazy(nn.Linear, 4, 4), graph.input("x", ("B", 4)))
@@ -315,6 +324,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "copies of shared parameters in a graph that trains in phases": copies_in_phases,
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,
+    "an optimizer that records its own steps": recorded_steps,
+    "autocast around a call": autocast_around,
     "a layer that does not run in the types of the precision": no_kernel_for_the_type,
     "two half types at once": two_half_types,
     "sums in the type of parameters that are not cast": sums_in_no_type,

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from pipeflow.errors import CheckpointError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.distributed import gather_texts
+from pipeflow.runtime.optimizers import restore_scheduler
 from pipeflow.runtime.replica import StageReplica, Training
 from pipeflow.runtime.state import copy_into
 
@@ -150,7 +151,9 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
             moments = {k.removeprefix(start): v for k, v in wanted.items() if k.startswith(start)}
             hyper = {k.removeprefix(start): v for k, v in manifest["hyper"].items() if k.startswith(start)}
             _restore_optimizer(replica, training, moments, hyper)
-            _restore_scheduler(training, manifest["schedulers"].get(_optimizer_key(phase)))
+            saved = manifest["schedulers"].get(_optimizer_key(phase))
+            if saved is not None and training.scheduler is not None and training.optimizer is not None:
+                restore_scheduler(training.scheduler, saved, training.optimizer)
     return Progress(int(manifest["step"]), int(manifest["calls"]), manifest.get("loss_scale"))
 
 
@@ -193,16 +196,6 @@ def _optimizer_state(replica: StageReplica, training: Training) -> tuple[dict[st
                 if value is not None:
                     tensors[f"{name}.{key}"] = torch.as_tensor(value).detach()
     return tensors, hyper
-
-
-def _restore_scheduler(training: Training, saved: Any) -> None:
-    """Gives a scheduler its state back; its lists are by parameter group, which another plan has others of."""
-    if training.scheduler is None or saved is None:
-        return
-    training.scheduler.load_state_dict(saved)
-    groups = training.optimizer.param_groups if training.optimizer is not None else []
-    training.scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    training.scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _restore_optimizer(

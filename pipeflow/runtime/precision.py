@@ -117,6 +117,18 @@ class Precision(Value):
         """The type in which gradients travel; None for their own."""
         return None if self.reduce is None else getattr(torch, self.reduce)
 
+    def check_surroundings(self) -> None:
+        """Refuses an autocast of the caller's around a call of the engine.
+
+        Raises:
+            EngineError: there is one.
+        """
+        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            raise EngineError(
+                "autocast is on around this call; ranks in threads or other processes would not see it, and backward "
+                "should not: leave its block, and pass precision=pf.Precision(autocast=...)"
+            )
+
     def stored(self, spec: TensorSpec) -> torch.dtype:
         """The type in which a parameter or buffer is saved: as declared, or float32 for masters of half types."""
         dtype: torch.dtype = getattr(torch, spec.dtype)

@@ -135,6 +135,7 @@ class Reference:
             self._replica.drop_gradients()
         else:
             self._replica.step()
+            self._replica.follow_loss(result.loss)
         if self._scaler is not None:
             self._scaler.update(overflow=verdict.overflow)
         self._step += 1
@@ -196,6 +197,7 @@ class Reference:
         session: DecodeSession | None = None,
     ) -> tuple[StepResult, dict[str, list[Tensor | None]], MicroBatches]:
         graph = self.graph
+        self._precision.check_surroundings()
         read = read_inputs(graph, layers)
         needs = needs_of(graph, layers, required_inputs(graph, layers))
         microbatches = make_microbatches(graph, batch, self.num_microbatches, needs)

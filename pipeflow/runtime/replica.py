@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeflow.errors import EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import trained_parameters
 from pipeflow.runtime.masters import Masters
+from pipeflow.runtime.optimizers import check_optimizer, follows_loss
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.randomness import Callables, RandomLayer, layer_key
@@ -126,7 +126,7 @@ class StageReplica:
             of_phase = trained_parameters(self._graph, self._graph.phases[phase])
             trained = {name: p for name, p in self.parameters.items() if name in of_phase}
         if trained:
-            self.optimizer = self._checked(factory(grouped(trained, groups)), trained)
+            self.optimizer = check_optimizer(factory(grouped(trained, groups)), trained)
             self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.training_by_phase[phase] = Training(frozenset(trained), self.optimizer, self.scheduler)
         if phase is not None:
@@ -144,20 +144,6 @@ class StageReplica:
         if self.masters is not None:
             self.masters.freeze_alike()
 
-    def _checked(self, optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise EngineError(
-                "optimizer LBFGS needs a closure over the whole model, which no stage has; use one whose step "
-                "is a function of each parameter and its gradient, such as SGD or AdamW"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, p in trained.items() if id(p) not in held]:
-            raise EngineError(
-                f"the optimizer factory left out {missing[0]!r} ({len(missing)} parameters); give all it is "
-                "given to the optimizer, and freeze others with requires_grad=False before"
-            )
-        return optimizer
-
     def record_statistics(self, graph: LayerGraph) -> None:
         """Lets the norms record what they see, to be exchanged with other replicas, where there are any."""
         self.statistics = RunningStatistics([graph.layers[name] for name in self.layers], self.modules) or None
@@ -172,9 +158,14 @@ class StageReplica:
             self.optimizer.step()
             if self.masters is not None:
                 self.masters.refresh()
-            if self.scheduler is not None:
+            if self.scheduler is not None and not follows_loss(self.scheduler):
                 self.scheduler.step()
             self.drop_gradients()
+
+    def follow_loss(self, loss: float) -> None:
+        """The step of a scheduler that takes a metric: the step's loss, once all ranks know it."""
+        if follows_loss(self.scheduler):
+            self.scheduler.step(loss)
 
     def collect_gradients(self) -> None:
         """Brings the gradients of micro-batches to `parameters`, where layers compute with casts of these."""

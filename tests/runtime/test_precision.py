@@ -200,6 +200,12 @@ def test_autocast_on_devices_of_several_kinds_is_refused() -> None:
         pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd, devices=["cpu", "cuda:0", "cpu"], precision=chosen)
 
 
+def test_a_graph_is_described_in_its_own_types_whatever_is_around() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = forked_graph()
+    assert inside.specs == forked_graph().specs
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_on_a_gpu(precision: str) -> None:
