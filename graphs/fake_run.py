@@ -30,7 +30,7 @@ from pipeflow.graphs.effects import Effects, check_effects, foreign_calls, kept_
 from pipeflow.graphs.layer import Source, kind_of
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Nest, rebuild
-from pipeflow.graphs.norms import norm_calls
+from pipeflow.graphs.norms import norm_calls, refuse_synchronised
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import Trial
@@ -117,6 +117,7 @@ def run(
         numerics: the device and autocast to run under; by default the device of the weights alone.
         earlier: what the run before left in the layer's attributes (`Run.kept`).
     """
+    refuse_synchronised(name, function)
     module = function if isinstance(function, nn.Module) else nn.Module()
     buffers = dict(module.named_buffers())
     before = {n: b._version for n, b in buffers.items()}

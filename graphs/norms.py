@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pipeflow.errors import GraphError
+
 Norm = _BatchNorm | _InstanceNorm
 
 
@@ -26,6 +28,21 @@ def tracking_norms(module: nn.Module) -> dict[str, Norm]:
 def _is_known(norm: Norm) -> bool:
     own = _BatchNorm if isinstance(norm, _BatchNorm) else _InstanceNorm
     return norm.track_running_stats and norm.running_mean is not None and type(norm).forward is own.forward
+
+
+def refuse_synchronised(name: str, function: Callable[..., Any]) -> None:
+    """Refuses torch's SyncBatchNorm within a layer.
+
+    Raises:
+        GraphError: there is one. It would take its statistics from the samples of whatever ranks
+            there are, other stages' included, and wait for them in each forward and backward.
+    """
+    if isinstance(function, nn.Module) and any(isinstance(m, nn.SyncBatchNorm) for m in function.modules()):
+        raise GraphError(
+            f"layer {name!r} has a SyncBatchNorm, which talks to every rank of the job, those of other stages too; use "
+            "BatchNorm, whose statistics replicas agree on, larger micro-batches if these are too small for it, and "
+            "batch_norm='deferred' for running statistics of whole batches"
+        )
 
 
 @contextmanager

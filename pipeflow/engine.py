@@ -43,6 +43,7 @@ from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
+from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
 from pipeflow.runtime.stage import compile_stage
 from pipeflow.runtime.state import copy_into, needed_layers
 from pipeflow.runtime.threads import Exchange, ThreadTransport
@@ -87,6 +88,9 @@ class Engine(AbstractContextManager["Engine"]):
         clip_value: cut every element of the gradients to this absolute value, after `clip_norm`.
         nonfinite: where a loss or gradient is infinite or no number, "ignore" it as torch does,
             "raise" NonFiniteError on every rank, or "skip" the step on every rank.
+        batch_norm: when running statistics of torch's norms move: after each "microbatch", as they do
+            on one device; or "deferred", once a batch, by the statistics of all of it. What norms
+            divide by is a micro-batch's own either way.
         precision: the types to train in: autocast, scaled losses, float32 masters, the type of
             sums over replicas; by default those that the graph declares.
         seed: for lazily built layers and random ones. The same seed gives the same training
@@ -116,6 +120,7 @@ class Engine(AbstractContextManager["Engine"]):
         clip_value: float | None = None,
         nonfinite: NonFinite = "ignore",
         precision: Precision | None = None,
+        batch_norm: BatchNormChoice = "microbatch",
         seed: int = 0,
         transport: TransportKind = "auto",
         devices: Sequence[torch.device | str] | None = None,
@@ -135,6 +140,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
         self._open = OpenPhase(graph)
         self._precision = precision or Precision()
+        self._batch_norm = check_choice(batch_norm)
         scale = self._precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
         self._policy = GradientPolicy(
@@ -180,7 +186,14 @@ class Engine(AbstractContextManager["Engine"]):
             }
         )
         settings = json.dumps(
-            [self.plan.digest, self.graph.digest, seed, bool(self._optimizers), self._precision.digest]
+            [
+                self.plan.digest,
+                self.graph.digest,
+                seed,
+                bool(self._optimizers),
+                self._precision.digest,
+                self._batch_norm,
+            ]
         )
         return DistributedTransport(
             self.plan.placement,
@@ -199,8 +212,7 @@ class Engine(AbstractContextManager["Engine"]):
                     self.graph, stage.layers, device=self._devices[rank], seed=seed, precision=self._precision
                 )
                 self._copies.mark(replicas[index], index)
-                if stage.num_replicas > 1:
-                    replicas[index].record_statistics(self.graph)
+                replicas[index].record_statistics(self.graph, self._batch_norm, num_replicas=stage.num_replicas)
                 for phase, optimizer in self._optimizers.items():
                     replicas[index].make_optimizer(optimizer, self._schedulers.get(phase), groups, phase)
         return replicas

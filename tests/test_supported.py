@@ -231,6 +231,10 @@ def copies_in_phases() -> None:
     pf.plan(graph, unit_costs(graph), pf.Cluster.uniform(1), batch_size=4, shared="copies")
 
 
+def synchronised_norm() -> None:
+    chain(pf.lazy(nn.SyncBatchNorm, 4))
+
+
 def closure_optimizer() -> None:
     graph = forked_graph()
     pf.Engine(graph, make_plan(graph, THREE_STAGES), torch.optim.LBFGS)
@@ -322,6 +326,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     'layers that share parameters on several stages, without `shared="copies"`': shared_apart,
     "copies of shared parameters in a graph that trains in phases": copies_in_phases,
+    "torch's SyncBatchNorm": synchronised_norm,
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,
     "an optimizer that records its own steps": recorded_steps,

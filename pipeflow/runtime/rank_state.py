@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -157,6 +158,8 @@ class RankState:
                 layer.step = draw
             if stage.replica.statistics is not None:
                 stage.replica.statistics.begin(self.graph.layers)
+                if stage.replica.statistics.is_alone:
+                    stage.finish_statistics = partial(stage.replica.statistics.finish_alone, cut.sizes)
 
     def _make_seeds(self, loss: Layer, factors: Sequence[float], share: float) -> None:
         dtype = getattr(torch, self.graph.specs[loss.outputs[0]].dtype)

@@ -33,6 +33,7 @@ from pipeflow.runtime.predictions import arrange_outputs, check_outputs
 from pipeflow.runtime.randomness import Callables
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
+from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
 from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
 from pipeflow.runtime.strides import packed, straight
 
@@ -49,6 +50,7 @@ class Reference:
         optimizer: makes an optimizer from a list of parameters; None for inference alone.
         lr_scheduler: makes a learning-rate scheduler from the optimizer.
         parameter_groups, clip_norm, clip_value, nonfinite: as for `pipeflow.Engine`.
+        batch_norm: as for `pipeflow.Engine`.
         precision: as for `pipeflow.Engine`; there is nothing to reduce on one device.
         num_microbatches: into how many a batch is cut.
         seed: for lazily built layers and random ones.
@@ -66,6 +68,7 @@ class Reference:
         clip_value: float | None = None,
         nonfinite: NonFinite = "ignore",
         precision: Precision | None = None,
+        batch_norm: BatchNormChoice = "microbatch",
         num_microbatches: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -76,6 +79,7 @@ class Reference:
         self._precision = precision or Precision()
         self.graph = retyped(graph, self._precision.numerics_on([self._device]))
         self._replica = StageReplica(graph, graph.layers, device=self._device, seed=seed, precision=self._precision)
+        self._replica.record_statistics(graph, check_choice(batch_norm), num_replicas=1)
         scale = self._precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
         groups = check_groups(parameter_groups, graph.parameters)
@@ -215,14 +219,16 @@ class Reference:
         scaled = share * (scale or 1.0)
         functions, keyed_layers = callables or self._replica.callables
         draw = self._calls + (session.num_steps if session is not None else 0)
-        first_sample = 0
+        first_sample, statistics = 0, self._replica.statistics
+        if statistics is not None:
+            statistics.begin(layers)
         for m, size in enumerate(sizes):
             if not size:
                 continue
             for layer in keyed_layers:
                 layer.step, layer.first_sample = draw, first_sample
             first_sample += size
-            with self._autocast():
+            with self._autocast(), statistics.microbatch(m) if statistics and train else nullcontext():
                 values = self._forward({name: cut[m] for name, cut in feed.items()}, layers, functions)
             for name in keep:
                 kept[name][m] = values[name].detach()
@@ -234,6 +240,8 @@ class Reference:
             if train and trained:
                 seeds = [torch.full_like(roots[n], graph.layers[n].weight * factors[n][m] * scaled) for n in trained]
                 torch.autograd.backward([roots[n] for n in trained], seeds)
+        if statistics is not None:
+            statistics.finish_alone(sizes)
         totals = {name: add_parts(values) for name, values in parts.items()}
         weights = {name: graph.layers[name].weight for name in losses}
         return StepResult(sum(sizes), totals, weights, loss_scale=scale), kept, microbatches

@@ -19,7 +19,7 @@ from pipeflow.runtime.optimizers import check_optimizer, follows_loss
 from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.randomness import Callables, RandomLayer, layer_key
-from pipeflow.runtime.running_statistics import RunningStatistics
+from pipeflow.runtime.running_statistics import BatchNormChoice, RunningStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,18 @@ class StageReplica:
         if self.masters is not None:
             self.masters.freeze_alike()
 
-    def record_statistics(self, graph: LayerGraph) -> None:
-        """Lets the norms record what they see, to be exchanged with other replicas, where there are any."""
-        self.statistics = RunningStatistics([graph.layers[name] for name in self.layers], self.modules) or None
+    def record_statistics(self, graph: LayerGraph, choice: BatchNormChoice, *, num_replicas: int) -> None:
+        """Lets norms record what they see, where replicas exchange it or it is taken in once a batch.
+
+        Raises:
+            PlanError: a norm is to be deferred whose forward is not torch's.
+        """
+        if num_replicas > 1 or choice == "deferred":
+            layers = [graph.layers[name] for name in self.layers]
+            statistics = RunningStatistics(
+                layers, self.modules, deferred=choice == "deferred", is_alone=num_replicas == 1
+            )
+            self.statistics = statistics or None
 
     def train(self, mode: bool) -> None:
         for module in self.modules.values():

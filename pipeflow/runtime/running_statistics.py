@@ -1,4 +1,4 @@
-"""Running statistics of norms on replicated stages: recorded on each micro-batch, replayed alike.
+"""Running statistics of norms, recorded on each micro-batch: replayed alike by replicas, or once a batch.
 
 A micro-batch runs whole on one replica, so it is normalised as on one device; what one device
 would not do is to update the running statistics with every R-th micro-batch alone. So a replica
@@ -10,6 +10,11 @@ The statistics are those that torch's kernel gives when it is told to forget wha
 momentum of 1, from 0), rounded to the buffers' dtype: exact in float64; in float32 the kernel's
 own update has more digits of them, so replicas differ from one device in the last bit at most.
 
+Deferred, the statistics of all micro-batches are joined first, and the running ones move once, as
+torch's norm moves them that sees the whole batch [4]; that is so on one replica too. Every call of
+a norm in a micro-batch is a norm of its own in this. After torchgpipe's DeferredBatchNorm (Kim et
+al., 2020), which departs from torch where it takes the biased variance of the batch; this does not.
+
 As in torch, a forward has updated the statistics whatever becomes of its gradients: those of
 `accumulate`, and of a step that is not finite and is skipped or stopped, count like any other.
 """
@@ -18,19 +23,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeflow.errors import EngineError
+from pipeflow.errors import EngineError, PlanError
 from pipeflow.graphs.layer import Layer
-from pipeflow.graphs.norms import Norm
+from pipeflow.graphs.norms import Norm, tracking_norms
 from pipeflow.runtime.transport import Transport
+
+BatchNormChoice = Literal["microbatch", "deferred"]
+"""When running statistics move: after each micro-batch, as on one device; or once for all of a batch."""
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and unbiased variance of each channel, over samples and positions."""
+
+
+def check_choice(choice: BatchNormChoice) -> BatchNormChoice:
+    """The choice itself.
+
+    Raises:
+        EngineError: it is none.
+    """
+    if choice not in get_args(BatchNormChoice):
+        raise EngineError(
+            f"batch_norm={choice!r}; running statistics move after each 'microbatch', or once a batch, 'deferred'"
+        )
+    return choice
+
+
+class _Seen(NamedTuple):
+    """What one call of a norm saw: over how many values of a channel (or instances), and their statistics."""
+
+    norm: Norm
+    num_values: int
+    statistics: Statistics
 
 
 class RunningStatistics:
@@ -38,10 +67,26 @@ class RunningStatistics:
 
     Args:
         layers: of the stage, in the order in which they run.
-        modules: of the layers that are modules. Their norms no longer update in training; `replay` does.
+        modules: of the layers that are modules. Their norms no longer update in training; this does.
+        deferred: whether running statistics move once a batch.
+        is_alone: whether the stage has no other replica to exchange with.
+
+    Raises:
+        PlanError: a norm is to be deferred whose forward is not torch's.
     """
 
-    def __init__(self, layers: Iterable[Layer], modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        modules: Mapping[str, nn.Module],
+        *,
+        deferred: bool = False,
+        is_alone: bool = False,
+    ) -> None:
+        self.is_alone = is_alone
+        self._deferred = deferred
+        if deferred:
+            _check_known(modules)
         self._every: list[tuple[str, Norm]] = []
         for layer in layers:
             for path in layer.norm_calls:
@@ -51,8 +96,8 @@ class RunningStatistics:
         self.calls = self._every
         for norm in {id(norm): norm for _, norm in self._every}.values():
             self._record(norm)
-        self._seen: dict[int, list[tuple[Norm, Statistics]]] = {}
-        self._current: list[tuple[Norm, Statistics]] | None = None
+        self._seen: dict[int, list[_Seen]] = {}
+        self._current: list[_Seen] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._every)
@@ -66,7 +111,7 @@ class RunningStatistics:
             with _forgetful(norm) as statistics:
                 output = forward(input)
             if self._current is not None:  # a forward that is computed again has been seen
-                self._current.append((norm, statistics))
+                self._current.append(_Seen(norm, _count(norm, input), statistics))
             return output
 
         norm.forward = record  # type: ignore[method-assign]  # torch calls what the instance has
@@ -88,7 +133,7 @@ class RunningStatistics:
             yield
         finally:
             self._current = None
-        if [norm for norm, _ in self._seen[index]] != [norm for _, norm in self.calls]:
+        if [seen.norm for seen in self._seen[index]] != [norm for _, norm in self.calls]:
             raise EngineError(
                 f"the norms of layers {', '.join(dict.fromkeys(name for name, _ in self.calls))} were called "
                 f"{len(self._seen[index])} times in a micro-batch, and {len(self.calls)} times or in another order "
@@ -96,30 +141,78 @@ class RunningStatistics:
             )
 
     def start_exchange(self, transport: Transport, stage: int, sizes: Sequence[int]) -> Callable[[], None]:
-        """[2] Starts to tell the other replicas; the result waits, and replays all updates."""
+        """[2] Starts to tell the other replicas; the result waits, and takes all in."""
         if not self.calls:
             return lambda: None
-        width = sum(2 * _width(norm) for _, norm in self.calls)
-        device = _mean(self.calls[0][1]).device
-        rows = []
-        for m in range(len(sizes)):
-            seen = [part.double() for _, pair in self._seen.get(m, ()) for part in pair]
-            rows.append(torch.cat(seen) if seen else torch.zeros(width, dtype=torch.float64, device=device))
         present = [m for m, size in enumerate(sizes) if size]
-        wait = transport.start_reduce(stage, torch.cat(rows))
+        wait = transport.start_reduce(stage, self._table(len(sizes)).view(-1))
+        return lambda: self._take_in(wait().view(len(sizes), -1), present)
 
-        def finish() -> None:
-            table = wait().view(len(rows), width)
-            for m in present:
-                self._replay(table[m])
+    def finish_alone(self, sizes: Sequence[int]) -> None:
+        """Takes in what was seen here, where there is nobody to tell."""
+        if self._seen and self.calls:
+            self._take_in(self._table(len(sizes)), [m for m, size in enumerate(sizes) if size])
 
-        return finish
+    def _table(self, num_microbatches: int) -> Tensor:
+        """A row per micro-batch: mean, variance and count of each call; zeros for those that ran elsewhere."""
+        device = _mean(self.calls[0][1]).device
+        width = sum(2 * _width(norm) + 1 for _, norm in self.calls)
+        table = torch.zeros(num_microbatches, width, dtype=torch.float64, device=device)
+        for m, calls in self._seen.items():
+            counts = [torch.tensor([seen.num_values], dtype=torch.float64, device=device) for seen in calls]
+            parts = [
+                part
+                for seen, n in zip(calls, counts, strict=True)
+                for part in (*map(Tensor.double, seen.statistics), n)
+            ]
+            table[m] = torch.cat(parts)
+        return table
 
-    def _replay(self, row: Tensor) -> None:
-        """[3] The updates of one micro-batch."""
-        parts = iter(torch.split(row, [_width(norm) for _, norm in self.calls for _ in range(2)]))
-        for _, norm in self.calls:
-            update(norm, (next(parts), next(parts)))
+    def _take_in(self, table: Tensor, present: Sequence[int]) -> None:
+        """[3] The updates, of the micro-batches that have samples."""
+        columns = torch.split(table, [n for _, norm in self.calls for n in (_width(norm), _width(norm), 1)], dim=1)
+        triples = list(zip(columns[::3], columns[1::3], columns[2::3], strict=True))
+        if self._deferred:
+            for (_, norm), (means, variances, counts) in zip(self.calls, triples, strict=True):
+                update(norm, join(norm, means[present], variances[present], counts[present]))
+            return
+        for m in present:
+            for (_, norm), (means, variances, _) in zip(self.calls, triples, strict=True):
+                update(norm, (means[m], variances[m]))
+
+
+def join(norm: Norm, means: Tensor, variances: Tensor, counts: Tensor) -> Statistics:
+    """[4] The statistics of several micro-batches together.
+
+    Those of a batch-norm are over all values; those of an instance-norm are means over instances.
+
+    Args:
+        means, variances: float64 of (micro-batches, channels); variances are unbiased.
+        counts: (micro-batches, 1): of values in each channel, or of instances.
+    """
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    if not isinstance(norm, _BatchNorm):
+        return mean, (counts * variances).sum(0) / total
+    squares = ((counts - 1) * variances + counts * (means - mean).square()).sum(0)
+    return mean, squares / (total - 1)
+
+
+def _count(norm: Norm, input: Tensor) -> int:
+    if isinstance(norm, _BatchNorm):
+        return input.numel() // _width(norm)
+    return 1 if input.dim() == norm._get_no_batch_dim() else len(input)  # type: ignore[no-untyped-call]  # torch's
+
+
+def _check_known(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        known = set(tracking_norms(module).values())
+        for norm in module.modules():
+            if isinstance(norm, Norm) and norm.track_running_stats and norm not in known:
+                raise PlanError(
+                    f"layer {name!r} has a {type(norm).__name__} with a forward of its own, whose statistics cannot be "
+                    "deferred; use torch's norm, or batch_norm='microbatch'"
+                )
 
 
 def update(norm: Norm, statistics: Statistics) -> None:

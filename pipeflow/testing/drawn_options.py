@@ -73,10 +73,15 @@ def _precision(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
     return {"precision": draw(precisions(graph))}
 
 
+def _deferred_batch_norm(draw: st.DrawFn, graph: LayerGraph) -> dict[str, Any]:
+    return {"batch_norm": "deferred"}
+
+
 _FEATURES: tuple[Callable[[st.DrawFn, LayerGraph], dict[str, Any]], ...] = (
     _clip_norm,
     _clip_value,
     _nonfinite,
     _parameter_groups,
     _precision,
+    _deferred_batch_norm,
 )

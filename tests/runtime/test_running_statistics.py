@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import LayerFailure, NonFiniteError
+from pipeflow.errors import EngineError, LayerFailure, NonFiniteError, PlanError
 from pipeflow.program import Reduce
 from pipeflow.runtime.reference import Reference
 from pipeflow.runtime.threads import ThreadTransport
@@ -139,6 +139,7 @@ def test_statistics_are_those_of_one_device(case: Callable[[], pf.LayerGraph], s
     batches = [sample_batch(graph, n, seed=n) for n in (12, 2, 7)]
     for num_accumulated, plan in enumerate(layouts(graph, schedule)):
         check_layout_invariance(graph, plan, batches, num_accumulated=num_accumulated)
+        check_layout_invariance(graph, plan, batches, options={"batch_norm": "deferred"})
 
 
 def test_a_norm_that_is_computed_again_has_been_seen_once() -> None:
@@ -155,6 +156,7 @@ def over_gloo(rank: int) -> None:
         graph = case()
         for plan in layouts(graph, "1f1b"):
             check_layout_invariance(graph, plan, [sample_batch(graph, n) for n in (12, 2)], num_accumulated=1)
+        check_layout_invariance(graph, plan, [sample_batch(graph, 12)], options={"batch_norm": "deferred"})
 
 
 def test_statistics_are_those_of_one_device_over_processes() -> None:
@@ -258,3 +260,44 @@ def test_a_stage_with_nothing_but_statistics_has_a_reduction() -> None:
     pf.verify(plan)
     timeline = pf.simulate(plan)
     assert {event.rank for event in timeline.events if event.action == Reduce(1)} == {0, 1}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_deferred_statistics_move_as_torch_moves_them_for_the_whole_batch(
+    kind: Callable[..., nn.Module], momentum: float | None
+) -> None:
+    """On the inputs of a model, where nothing before depends on how a batch is cut, torch itself is the oracle."""
+    graph = pf.LayerGraph("first")
+    x = graph.input("x", ("B", CHANNELS, 5), "float64")
+    norm = pf.lazy(kind, CHANNELS, momentum=momentum, track_running_stats=True, dtype=torch.float64)
+    graph.loss("loss", mean_square, graph.add("out", pf.lazy(Scale, CHANNELS), graph.add("norm", norm, x)))
+    plan = make_plan(graph, [(["norm"], (0, 1, 2)), (["out", "loss"], (1,))], num_microbatches=5)
+    batches = [sample_batch(graph, n, seed=n) for n in (13, 3, 8)]
+    whole = kind(CHANNELS, momentum=momentum, track_running_stats=True, dtype=torch.float64)
+    with pf.Engine(graph, plan, sgd, batch_norm="deferred") as engine:
+        for batch in batches:
+            engine.step(batch)
+            whole(batch["x"])
+        state = engine.state_dict()
+    for name, value in whole.named_buffers():
+        assert state[f"norm.{name}"].allclose(value, rtol=1e-12), name
+    assert int(state["norm.num_batches_tracked"]) == (3 if kind is nn.BatchNorm1d else 0)
+
+
+def test_choices_that_cannot_be_kept_are_refused() -> None:
+    graph = normed(pf.lazy(OwnForward, CHANNELS, dtype=torch.float64))
+    plan = make_plan(graph, [(list(graph.layers), (0,))])
+    with pytest.raises(PlanError, match="layer 'norm0' has a OwnForward with a forward of its own"):
+        pf.Engine(graph, plan, sgd, batch_norm="deferred")
+    with pytest.raises(EngineError, match="batch_norm='sync'; running statistics move after each 'microbatch'"):
+        pf.Engine(graph, plan, sgd, batch_norm="sync")  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="would not train as on one device with several"):
+        pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0, 1))]), sgd)
+
+
+class OwnForward(nn.BatchNorm1d):
+    """A norm that does something of its own with its statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * 2)
