@@ -38,7 +38,7 @@ def _rules(problem: PartitionProblem) -> Iterator[Rule]:
     if pins.max_layers is not None:
         yield Rule("max_layers", 0, f"a stage has at most {pins.max_layers} of {len(problem.costs.layers)} layers")
     for i, group in enumerate(problem.costs.colocated):
-        yield Rule("colocated", i, f"layers {_names(group)} share parameters", layers=group)
+        yield Rule("colocated", i, f"layers {_names(group)} must share a stage", layers=group)
     if problem.replicas is not None:
         yield Rule("replicas", 0, f"stages are to have {problem.replicas} replicas")
     elif problem.num_stages is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -19,6 +19,13 @@ from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.partition import Certificate, Stage
 from pipeflow.partitioners.pins import Pins
 from pipeflow.values import Count, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipeflow.partitioners.partition import Partition
+    from pipeflow.partitioners.problem import PartitionProblem
+    from pipeflow.plan_explanation import PlanExplanation
 
 
 class Plan(Value):
@@ -131,6 +138,20 @@ class Plan(Value):
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise PlanError(f"{os.fspath(path)} is not a plan: {error}") from error
+
+    def explain(self, *, partitioner: str | Callable[[PartitionProblem], Partition] | None = "auto") -> PlanExplanation:
+        """Why the plan costs what it costs, and what would change it; print it or take its `document()`.
+
+        Args:
+            partitioner: solves the same graph with one more device, faster links, more memory: a
+                name in `PARTITIONERS` or a function. None bounds those instead, at once.
+
+        Raises:
+            PlanError: an unknown name.
+        """
+        from pipeflow.plan_explanation import explain_plan
+
+        return explain_plan(self, partitioner)
 
     def __str__(self) -> str:
         from pipeflow.plan_table import plan_table

@@ -6,14 +6,13 @@ what an iteration takes is the simulator's to say.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeflow.partitioners.objective import StageTerms, device_seconds, stage_terms
+from pipeflow.partitioners.explain import bottleneck_of
+from pipeflow.partitioners.objective import stage_terms
 from pipeflow.partitioners.partition import Stage
-from pipeflow.partitioners.problem import PartitionProblem, Transfers
-from pipeflow.schedules import resolve_schedule
+from pipeflow.plan_problem import problem_of_plan
 from pipeflow.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ def plan_table(plan: Plan) -> str:
     stage recomputes is said.
     """
     certificate = plan.certificate
-    terms = _terms(plan)
-    bottleneck = _bottleneck(plan, terms)
+    terms = stage_terms(problem_of_plan(plan), plan.stages)
+    bottleneck = bottleneck_of(plan.stages, terms)
     rows = [_HEADER] + [
         (
             str(index),
@@ -65,38 +64,6 @@ def plan_table(plan: Plan) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _terms(plan: Plan) -> tuple[StageTerms, ...]:
-    """The terms of every stage, transfers counted as the plan's certificate does.
-
-    A plan does not say whether its partitioner overlapped transfers with computes: added is the
-    rule, unless only the other agrees with the objective that is certified.
-    """
-    results = []
-    rules: tuple[Transfers, ...] = ("added", "overlapped")
-    for transfers in rules:
-        problem = PartitionProblem(
-            costs=plan.costs,
-            cluster=plan.cluster,
-            num_microbatches=plan.num_microbatches,
-            in_flight=resolve_schedule(plan.schedule).in_flight,
-            optimizer_ratio=plan.optimizer_ratio,
-            transfers=transfers,
-        )
-        terms = stage_terms(problem, plan.stages)
-        seconds = max(device_seconds(plan.stages, terms).values())
-        results.append((terms, math.isclose(seconds, plan.certificate.objective, rel_tol=1e-9)))
-    (added, _), (overlapped, agrees) = results
-    return overlapped if agrees and not results[0][1] else added
-
-
-def _bottleneck(plan: Plan, terms: Sequence[StageTerms]) -> int:
-    """The longest stage on the busiest device."""
-    by_device = device_seconds(plan.stages, terms)
-    busiest = max(by_device, key=lambda device: (by_device[device], -device))
-    on_it = [i for i, stage in enumerate(plan.stages) if busiest in stage.devices]
-    return max(on_it, key=lambda i: (terms[i].seconds, -i))
 
 
 def _mark(stage: Stage, *, is_bottleneck: bool) -> str:

@@ -20,7 +20,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("partitioners",),
     ("partitioning",),
     ("program", "flows", "schedules"),
-    ("execution_plan", "plan_table"),
+    ("execution_plan", "plan_problem", "plan_table", "plan_explanation"),
     ("wiring",),
     ("lowering",),
     ("memory", "rank_check"),

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "plan": "Cut a model over devices and order the work.",
         "simulate": "Tell how long a plan takes, and draw it.",
+        "explain": "Tell why a plan costs what it costs, and draw it.",
         "verify": "Prove that a plan runs to its end within memory.",
         "partition": "Cut costs from anywhere into stages, with a certificate.",
         "train": "Train a recipe as a pipeline, and compare with one device.",

@@ -33,7 +33,9 @@ def test_a_line_on_two_devices() -> None:
     assert cut.earlier.layers == ("c",)
     assert cut.earlier.seconds == pytest.approx(8.15)
     assert cut.later is None  # d is all that its stage has
-    assert dict(story.richer) == {
+    assert cut.seconds == pytest.approx(0.15)
+    assert {richer.what: richer.seconds for richer in story.richer} == {
+        "the same devices": pytest.approx(7.15),
         "one more device": pytest.approx(4.3),
         "links twice as fast": pytest.approx(7.075),
     }
