@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import groupby
-from typing import NamedTuple
+from itertools import combinations, groupby, product
+from typing import Any, NamedTuple
 
 _FIELDS = ("forward_compute_time", "backward_compute_time", "activation_size", "parameter_size")
 
@@ -150,3 +150,96 @@ def pipedream_best(
         return seconds
 
     return best(len(machines) - 1, frozenset(), frozenset(profile.seconds), machines[-1])
+
+
+def piper_seconds(
+    workload: dict[str, Any],
+    stages: Sequence[Sequence[int]],
+    replicas: Sequence[int],
+    degrees: Sequence[int],
+    ways: Sequence[Sequence[str]],
+    *,
+    devices: int,
+    memory: float,
+    bandwidth: float,
+) -> float:
+    """Seconds per sample of a partition under Piper's cost (its paper, section 3).
+
+    Args:
+        workload: the file.
+        stages: ids of the nodes of each stage.
+        replicas, degrees: data and tensor parallelism of each stage.
+        ways: the id of the alternative of each node of each stage.
+        devices, memory, bandwidth: what there is.
+    """
+    nodes = {n["id"]: n for n in workload["nodes"]}
+    place = {node: index for index, stage in enumerate(stages) for node in stage}
+    if place.keys() != nodes.keys() or sum(map(len, stages)) != len(nodes):
+        raise ValueError("not every node is on exactly one stage")
+    if any(place[e["sourceId"]] > place[e["destId"]] for e in workload["edges"]):
+        raise ValueError("an edge leads to an earlier stage")
+    if sum(d * t for d, t in zip(replicas, degrees, strict=True)) > devices:
+        raise ValueError("more devices are used than there are")
+    if uneven := [d for d in replicas if workload["mbsInBatch"] % d]:
+        raise ValueError(f"{uneven[0]} replicas do not share the batch evenly")
+    worst = 0.0
+    for index, stage in enumerate(stages):
+        d, in_flight = replicas[index], -(-sum(replicas[index:]) // replicas[index])
+        seconds = held = 0.0
+        for node, way in zip(stage, ways[index], strict=True):
+            own = next(a for a in nodes[node]["TMPCs"][str(degrees[index])] if a["id"] == way)
+            moved = 0.0
+            for edge in workload["edges"]:
+                source, target, cost = edge["sourceId"], edge["destId"], edge["communicationCost"]
+                if target == node and place[source] != index:
+                    moved += 2 * (cost + own["syncTimeFw"].get(str(source), 0))
+                if source == node and place[target] != index:
+                    moved += 2 * (cost + own["syncTimeBw"].get(str(target), 0))
+            moved += 4 * (d - 1) * own["parameterSize"] / workload["mbsInBatch"]
+            seconds += (own["timePerSample"] + moved / bandwidth) / d
+            held += own["memoryUsageA"] * in_flight + own["memoryUsageB"]
+        if held > memory:
+            raise ValueError(f"stage {index} holds {held} bytes of {memory}")
+        worst = max(worst, seconds)
+    return worst
+
+
+def piper_best(workload: dict[str, Any], *, devices: int, memory: float, bandwidth: float) -> float:
+    """The least seconds per sample of any partition of a small workload: every cut, every way; inf if none fits."""
+    nodes = [n["id"] for n in workload["nodes"]]
+    table = {n["id"]: n["TMPCs"] for n in workload["nodes"]}
+    needs = {n: {e["sourceId"] for e in workload["edges"] if e["destId"] == n} for n in nodes}
+    best = float("inf")
+
+    def extend(done: frozenset[int], stages: list[list[int]], left: int) -> None:
+        if len(done) == len(nodes):
+            price(stages)
+            return
+        rest = [n for n in nodes if n not in done]
+        for size in range(1, len(rest) + 1) if left else ():
+            for group in combinations(rest, size):
+                if all(needs[n] <= done | set(group) for n in group):
+                    extend(done | set(group), [*stages, list(group)], left - 1)
+
+    def price(stages: list[list[int]]) -> None:
+        nonlocal best
+        rules: dict[str, Any] = {"devices": devices, "memory": memory, "bandwidth": bandwidth}
+        for shape in product(*(options(stage) for stage in stages)):
+            replicas, degrees = [d for d, _, _ in shape], [t for _, t, _ in shape]
+            if sum(d * t for d, t, _ in shape) <= devices:
+                try:
+                    ways = [w for _, _, w in shape]
+                    best = min(best, piper_seconds(workload, stages, replicas, degrees, ways, **rules))
+                except ValueError:
+                    continue
+
+    def options(stage: list[int]) -> list[tuple[int, int, tuple[str, ...]]]:
+        result = []
+        for t in {int(key) for n in stage for key in table[n]}:
+            if all(str(t) in table[n] for n in stage):
+                for way in product(*([a["id"] for a in table[n][str(t)]] for n in stage)):
+                    result += [(d, t, way) for d in range(1, devices // t + 1) if workload["mbsInBatch"] % d == 0]
+        return result
+
+    extend(frozenset(), [], devices)
+    return best

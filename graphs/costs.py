@@ -34,6 +34,30 @@ class TensorCosts(Value):
     scales: bool = True
 
 
+class Variant(Value):
+    """One way to run a layer, with costs of its own: on several devices together, or saving less.
+
+    Attributes:
+        name: of the way, the same at every degree, for example "recompute".
+        degree: how many devices share the layer (tensor parallelism); the costs are each one's.
+        seconds: forward and backward together, what is recomputed included.
+        parameter_bytes: that replicas reduce.
+        resident_bytes: held whatever is in flight: parameters with their gradients and state, and the
+            most that is needed for a while.
+        saved_bytes: held for each micro-batch in flight.
+        border_bytes: (tensor, bytes) moved beside a tensor that the layer reads or writes where it
+            crosses the border of the stage: what its devices need to share it out, or to collect it.
+    """
+
+    name: str
+    degree: Count = 1
+    seconds: Seconds = 0.0
+    parameter_bytes: Bytes = 0
+    resident_bytes: Bytes = 0
+    saved_bytes: Bytes = 0
+    border_bytes: tuple[tuple[str, Bytes], ...] = ()
+
+
 class LayerCosts(Value):
     """One layer: what it reads and writes, and what it costs for `GraphCosts.samples` samples.
 
@@ -50,6 +74,8 @@ class LayerCosts(Value):
         replicable: False where replicas would not train as one device does (buffers that a forward changes).
         statistics_bytes: what replicas tell each other of each micro-batch (batch-norm's means and variances).
         spread: relative spread of the measured seconds (interquartile range over median).
+        variants: ways to run it, of which a stage chooses one; none where there is only the one that
+            the other fields describe. They are for planning without a runtime.
     """
 
     name: str
@@ -66,6 +92,36 @@ class LayerCosts(Value):
     replicable: bool = True
     statistics_bytes: Bytes = 0
     spread: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    variants: tuple[Variant, ...] = ()
+
+    def in_variant(self, name: str, degree: int) -> LayerCosts:
+        """The layer with the costs of one of its ways.
+
+        Raises:
+            CostError: it has no such way.
+        """
+        variant = self.variant(name, degree)
+        return self.model_copy(
+            update={
+                "forward_seconds": variant.seconds,
+                "backward_input_seconds": 0.0,
+                "backward_weight_seconds": 0.0,
+                "parameter_bytes": variant.parameter_bytes,
+                "saved_bytes": variant.saved_bytes,
+            }
+        )
+
+    def variant(self, name: str, degree: int) -> Variant:
+        """The way of this name and degree.
+
+        Raises:
+            CostError: it has no such way.
+        """
+        for variant in self.variants:
+            if (variant.name, variant.degree) == (name, degree):
+                return variant
+        known = [(v.name, v.degree) for v in self.variants]
+        raise CostError(f"layer {self.name!r} has no variant {name!r} of degree {degree}; known are {known}")
 
     @property
     def seconds(self) -> float:
@@ -174,6 +230,11 @@ class GraphCosts(Value):
         return {layer.name: layer for layer in self.layers}
 
     @cached_property
+    def has_variants(self) -> bool:
+        """Whether some layer can be run in several ways."""
+        return any(layer.variants for layer in self.layers)
+
+    @cached_property
     def position_by_layer(self) -> Mapping[str, int]:
         """Position of each layer in `layers`."""
         return {layer.name: i for i, layer in enumerate(self.layers)}
@@ -242,6 +303,16 @@ class GraphCosts(Value):
                     "fixed_fraction": c.fixed_fraction / factor if factor else 0.0,
                     "saved_bytes": math.ceil(c.saved_bytes * ratio),
                     "outputs": tuple(tensor(t) for t in c.outputs),
+                    "variants": tuple(variant(v) for v in c.variants),
+                }
+            )
+
+        def variant(v: Variant) -> Variant:
+            return v.model_copy(
+                update={
+                    "seconds": v.seconds * ratio,
+                    "saved_bytes": math.ceil(v.saved_bytes * ratio),
+                    "border_bytes": tuple((name, math.ceil(amount * ratio)) for name, amount in v.border_bytes),
                 }
             )
 

@@ -26,6 +26,7 @@ _SUMMARIES = {
     "cpsat": "exact by CP-SAT; needs pipeflow[solvers]",
     "milp": "the same by HiGHS, to check the others; needs pipeflow[solvers]",
     "nested": "levels of links one inside the other, each planned exactly",
+    "variants": "exact where layers can run in several ways, over all ideals of a small graph",
     "auto": "what the size of the problem allows, cheapest first, until the gap is closed",
     "exhaustive": "every cut of a small graph: the oracle",
 }

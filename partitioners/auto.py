@@ -25,6 +25,7 @@ from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.partitioners.variants import variants
 
 CLOSED = 1e-8
 """A relative gap that counts as none."""
@@ -59,7 +60,9 @@ def auto(problem: PartitionProblem) -> Partition:
 
 def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
     """`auto`, with or without the solver."""
-    require_feasible(problem, nests=True)
+    require_feasible(problem, nests=True, varies=True)
+    if problem.costs.has_variants:
+        return _named(problem, variants(problem), "variants", None)
     if problem.nested:
         return _named(problem, nested(problem), "nested", None)
     if problem.chunks > 1:

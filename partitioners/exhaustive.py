@@ -121,7 +121,7 @@ class _Search:
         replicas = range(1, min(left, self.problem.replica_limit) + 1)
         if self.problem.replicas is not None:
             replicas = range((r := self.problem.replicas[-1 - len(later)]), r + 1)
-        for r in replicas:
+        for r in filter(self.problem.allows, replicas):
             from_here = r + sum(len(d) for _, d in later)
             for block in self._last_blocks(rest):
                 for devices in self._choices(free, r):

@@ -19,15 +19,22 @@ from pipeflow.partitioners.rules import smallest_contradiction
 from pipeflow.units import format_bytes
 
 
-def require_feasible(problem: PartitionProblem, *, nests: bool = False) -> None:
+def require_feasible(problem: PartitionProblem, *, nests: bool = False, varies: bool = False) -> None:
     """Raises `Infeasible` for what can be told without a search: pins, counts, layers and totals too large.
 
     Args:
         nests: whether the partitioner plans levels one inside the other.
+        varies: whether it chooses in which way a layer runs.
 
     Raises:
         PlanError: it does not, and the problem asks for it.
     """
+    if problem.costs.has_variants:
+        if not varies:
+            raise PlanError(
+                "layers can run in several ways; only the partitioners 'variants' and 'auto' choose, use one"
+            )
+        return
     if problem.nested and not nests:
         raise PlanError("only the partitioners 'nested' and 'auto' plan levels one inside the other; use one of them")
     if reason := quick_reason(problem):

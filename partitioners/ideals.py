@@ -175,7 +175,7 @@ class _Programme:
             if left < 1 or work[row] > left * slack * _ROUNDING:
                 continue
             found = self._candidates(row, used, devices, slack)
-            for r in range(1, min(self.problem.replica_limit, left) + 1) if len(found.rows) else ():
+            for r in filter(self.problem.allows, range(1, min(self.problem.replica_limit, left) + 1)):
                 fits = self._fits(found, r, used + r, slack) & (devices[found.rows] > used + r)
                 better = found.rows[fits & (work[found.rows] <= (left - r) * slack * _ROUNDING)]
                 devices[better], after[better], replicas[better] = used + r, row, r
@@ -194,7 +194,7 @@ class _Programme:
         lattice, problem = self.lattice, self.problem
         left = problem.device_limit - used
         most = min(problem.replica_limit, left)
-        longest = slack / self.costs.shares[most] * _ROUNDING
+        longest = slack / self.costs.shares[1 : most + 1].min() * _ROUNDING
         low = int(np.searchsorted(lattice.work, lattice.work[row] - longest))
         high = int(np.searchsorted(lattice.work, (left - 1) * slack * _ROUNDING, side="right"))
         some = lattice.subsets(row, low, high)

@@ -361,6 +361,8 @@ class _Program:
             reduction = volumes * ring[0] * parameters + latencies * ring[1] * (parameters > 0)
             seconds = seconds + reduction * self.reductions[:most, None]
             seconds[1:, row.stuck[:width] > 0] = np.inf
+        if self.problem.even_replicas:
+            seconds[[not self.problem.allows(r) for r in range(1, most + 1)]] = np.inf
         if relayed and row.start:
             seconds = np.maximum(seconds, shares * np.maximum(inward, outward))
         return np.where(seconds > limit, np.inf, seconds)

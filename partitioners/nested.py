@@ -12,12 +12,9 @@ that has few, otherwise those that its widest source leads through, and the pref
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from random import Random
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,10 +23,10 @@ from pipeflow.partitioners.atoms import Floats
 from pipeflow.partitioners.bounds import work_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import require_feasible
-from pipeflow.partitioners.lattice import Lattice, enumerate_ideals
+from pipeflow.partitioners.ideal_sets import sets_of_ideals
+from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.nesting import NestedLevel, nested_levels
 from pipeflow.partitioners.objective import compute_seconds, reduction_volume
-from pipeflow.partitioners.orders import draw_order
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
 
@@ -51,49 +48,11 @@ def nested(problem: PartitionProblem) -> Partition:
     if not problem.nested:
         raise PlanError("nested plans levels one inside the other; set nested=True, or use another partitioner")
     require_feasible(problem, nests=True)
-    every = enumerate_ideals(problem, _MOST_IDEALS)
-    programmes = [_Programme(problem, every)] if every else _some(problem)
-    best = min(programmes, key=lambda programme: programme.seconds)
-    bound = best.seconds * _EXACT if every else max(work_bound(problem), _atom_bound(problem))
-    return certified(problem, stages_of(problem, best.cut()), partitioner="nested", lower_bound=bound)
-
-
-def _some(problem: PartitionProblem) -> Iterator[_Programme]:
-    """Programmes over some of the ideals, as many as are worth their time."""
-    atoms, left = problem.atoms, _WORK
     combinations = sum(level.num_groups**2 / 2 for level in nested_levels(problem.cluster))
-    if through := _through_widest_source(problem):
-        yield _Programme(problem, through)
-    for kind in range(8):
-        left -= (atoms.count + 1) ** 3 / 6 * combinations
-        if kind and left < 0:
-            return
-        order = list(range(atoms.count)) if not kind else draw_order(atoms, [range(atoms.count)], Random(kind), kind)
-        masks = [0]
-        for atom in order:
-            masks.append(masks[-1] | 1 << atom)
-        yield _Programme(problem, masks)
-
-
-def _through_widest_source(problem: PartitionProblem) -> list[int] | None:
-    """The ideals of the atoms after one source, each with all that they need and nothing else."""
-    graph: nx.DiGraph[int] = nx.DiGraph(problem.atoms.edges)
-    graph.add_nodes_from(range(problem.atoms.count))
-    sources = [atom for atom in sorted(graph) if not graph.in_degree(atom)]
-    after = {source: nx.descendants(graph, source) | {source} for source in sources}
-    among = max(after.values(), key=len)
-    masks = enumerate_ideals(problem, _MOST_IDEALS, among)
-    if masks is None:
-        return None
-    needed = {atom: sum(1 << a for a in nx.ancestors(graph, atom) | {atom}) for atom in among}
-    whole = set()
-    for mask in masks:
-        needs = 0
-        for atom in among:
-            if mask >> atom & 1:
-                needs |= needed[atom]
-        whole.add(needs)
-    return sorted(whole | {(1 << problem.atoms.count) - 1})
+    sets = list(sets_of_ideals(problem, _MOST_IDEALS, int(_WORK / combinations)))
+    best = min((_Programme(problem, masks) for masks, _ in sets), key=lambda programme: programme.seconds)
+    bound = best.seconds * _EXACT if sets[0].is_all else max(work_bound(problem), _atom_bound(problem))
+    return certified(problem, stages_of(problem, best.cut()), partitioner="nested", lower_bound=bound)
 
 
 def _atom_bound(problem: PartitionProblem) -> float:
@@ -201,7 +160,7 @@ class _Programme:
             seconds = np.maximum(seconds, np.maximum(moved[:, None], moved))
         seconds = problem.share(replicas) * seconds
         if replicas > 1:
-            if problem.max_replicas == 1:
+            if problem.max_replicas == 1 or not problem.allows(replicas):
                 return np.full_like(seconds, np.inf)
             seconds[lattice.stuck - lattice.stuck[:, None] > 0] = np.inf
         return seconds

@@ -28,6 +28,10 @@ The objective is the largest sum over the stages of any one device. A replica ho
 kept       what its layers save for backward, recomputed ones left out, and transient what a run of
            those saves while its backward runs (`pipeflow.partitioners.activations`). Their forward
            is counted twice in compute.
+
+A layer that runs in one of its variants (`pipeflow.graphs.costs.Variant`) has that one's seconds and
+bytes; what it holds whatever is in flight stands under its parameters, and what its devices exchange
+at the border of the stage is among the transfers.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from pipeflow.graphs.costs import LayerCosts
+from pipeflow.graphs.costs import GraphCosts, LayerCosts
 from pipeflow.partitioners.activations import stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
 from pipeflow.partitioners.copies import copy_sums
@@ -116,7 +120,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
     Args:
         stages: all stages, in order; together they hold every layer once.
     """
-    costs, cluster = problem.costs, problem.cluster
+    costs, cluster = chosen_costs(problem.costs, stages), problem.cluster
     moved = stage_transfers(problem, stages)
     nested = nested_seconds(problem, stages) if problem.nested else None
     copies = copy_sums(costs, stages)
@@ -128,7 +132,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         layers = [costs.layer_by_name[name] for name in stage.layers]
         again = [costs.layer_by_name[name] for name in stage.recompute]
         parameters = sum(layer.parameter_bytes for layer in layers)
-        reduction = reduce_seconds(cluster, parameters, stage.devices, problem.reduction)
+        reduction = reduce_seconds(cluster, parameters, stage.devices[:: stage.degree], problem.reduction)
         reduction += math.fsum(
             reduce_seconds(cluster, amount, devices, problem.reduction) for amount, devices in copies[index]
         )
@@ -139,6 +143,10 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         position = Position(count, following, problem.num_microbatches)
         in_flight, versions = problem.in_flight(position), problem.weight_versions(position)
         kept, transient = stage_activations(costs, stage)
+        resident = resident_bytes(problem.costs, stage)
+        stateful = sum(
+            c.parameter_bytes for c, way in zip(layers, stage.variants or [""] * len(layers), strict=True) if not way
+        )
         received = sum(moved[index].received_bytes) if problem.holds_received else 0
         result.append(
             StageTerms(
@@ -148,9 +156,9 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
                 seconds=max(by_device),
                 seconds_by_device=by_device,
                 in_flight=in_flight,
-                parameter_bytes=versions * parameters,
-                gradient_bytes=math.ceil(problem.gradient_ratio * parameters),
-                optimizer_bytes=math.ceil(problem.optimizer_ratio * parameters),
+                parameter_bytes=versions * stateful + resident,
+                gradient_bytes=math.ceil(problem.gradient_ratio * stateful),
+                optimizer_bytes=math.ceil(problem.optimizer_ratio * stateful),
                 activation_bytes=in_flight * (kept + received) + (transient if in_flight else 0),
             )
         )
@@ -183,6 +191,21 @@ def nested_seconds(problem: PartitionProblem, stages: Sequence[Stage]) -> list[f
 
     walk(len(levels) - 1, range(len(stages)), 0)
     return seconds
+
+
+def chosen_costs(costs: GraphCosts, stages: Sequence[Stage]) -> GraphCosts:
+    """The costs with every layer as its stage runs it."""
+    if not any(stage.variants for stage in stages):
+        return costs
+    way = {n: (v, s.degree) for s in stages for n, v in zip(s.layers, s.variants, strict=False) if v}
+    layers = tuple(c.in_variant(*way[c.name]) if c.name in way else c for c in costs.layers)
+    return costs.model_copy(update={"layers": layers})
+
+
+def resident_bytes(costs: GraphCosts, stage: Stage) -> int:
+    """What the variants of a stage's layers hold whatever is in flight."""
+    ways = zip(stage.layers, stage.variants, strict=False)
+    return sum(costs.layer_by_name[n].variant(v, stage.degree).resident_bytes for n, v in ways if v)
 
 
 def _beside_compute(problem: PartitionProblem, moved: StageTransfers) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -41,17 +41,26 @@ class Stage(Value):
         mesh: its devices.
         recompute: those of the layers that keep nothing for backward and are computed again for it,
             in the order of `layers`. What that saves and costs is in `pipeflow.partitioners.activations`.
+        variants: the way in which each of the layers runs, in their order, "" for those that have
+            only one; empty if all have. They are of the degree of the mesh's axis "tensor".
 
     Raises:
-        PlanError: a recomputed layer is not among the layers, stands twice or out of their order.
+        PlanError: a recomputed layer is not among the layers, stands twice or out of their order; or
+            there are not as many variants as layers, or variants and recomputed layers.
     """
 
     layers: tuple[str, ...] = Field(min_length=1)
     mesh: Mesh
     recompute: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.variants and (len(self.variants) != len(self.layers) or self.recompute):
+            raise PlanError(
+                f"{len(self.variants)} variants for {len(self.layers)} layers, recompute={self.recompute}; name one "
+                "for each layer, those that recompute among them"
+            )
         if not self.recompute:
             return self
         chosen = set(self.recompute)
@@ -80,6 +89,16 @@ class Stage(Value):
         mesh = Mesh(devices=tuple(devices), axes=(("replica", len(devices)),))
         return cls(layers=tuple(layers), mesh=mesh).with_recompute(recompute)
 
+    @classmethod
+    def sharded(cls, layers: Sequence[str], devices: Sequence[int], *, degree: int, variants: Sequence[str]) -> Stage:
+        """A stage whose replicas are each on `degree` consecutive ones of `devices`, its layers run in these ways."""
+        axes = (("replica", len(devices) // degree), ("tensor", degree))
+        return cls(
+            layers=tuple(layers),
+            mesh=Mesh(devices=tuple(devices), axes=axes if degree > 1 else axes[:1]),
+            variants=tuple(variants),
+        )
+
     def with_recompute(self, layers: Collection[str]) -> Stage:
         """The same stage with these of its layers recomputed, in any order, and no others."""
         chosen = set(layers)
@@ -94,6 +113,11 @@ class Stage(Value):
     @property
     def num_replicas(self) -> int:
         return dict(self.mesh.axes).get("replica", 1)
+
+    @property
+    def degree(self) -> int:
+        """How many devices share a replica's layers."""
+        return dict(self.mesh.axes).get("tensor", 1)
 
 
 class Certificate(Value):

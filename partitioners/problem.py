@@ -74,6 +74,11 @@ def one_forward_one_backward(position: Position) -> int:
     return min(share, math.ceil(position.num_replicas_from_here / position.num_replicas))
 
 
+def of_an_endless_batch(position: Position) -> int:
+    """What `one_forward_one_backward` holds where micro-batches never run out: ceil(replicas from here / R)."""
+    return math.ceil(position.num_replicas_from_here / position.num_replicas)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartitionProblem:
     """Cut `costs` into stages over `cluster` so that the slowest device is as fast as can be.
@@ -87,6 +92,7 @@ class PartitionProblem:
         max_stages: at most so many.
         replicas: exactly so many replicas of each stage in turn; None leaves it open.
         max_replicas: at most so many of any stage; 1 forbids replication, None leaves it open.
+        even_replicas: whether only numbers of replicas are allowed that divide the micro-batches.
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
         gradient_ratio: bytes of gradients for each byte of parameters.
         transfers: how they count beside compute: "added" to it; "overlapped" with it, so that the
@@ -127,6 +133,7 @@ class PartitionProblem:
     max_stages: int | None = None
     replicas: tuple[int, ...] | None = None
     max_replicas: int | None = None
+    even_replicas: bool = False
     optimizer_ratio: float = 2.0
     gradient_ratio: float = 1.0
     transfers: Transfers = "added"
@@ -157,6 +164,11 @@ class PartitionProblem:
                 raise PlanError(
                     f"num_stages={self.num_stages}, but replicas={self.replicas} are for {len(self.replicas)} stages"
                 )
+            if uneven := [r for r in self.replicas if not self.allows(r)]:
+                raise PlanError(
+                    f"replicas={self.replicas}, but {uneven[0]} does not divide {self.num_microbatches} micro-batches; "
+                    "give counts that do, or even_replicas=False"
+                )
             if self.max_replicas is not None and max(self.replicas) > self.max_replicas:
                 raise PlanError(f"replicas={self.replicas}, but max_replicas={self.max_replicas}; raise the limit")
         if self.transfers == "relayed" and (self.unordered or self.chunks > 1):
@@ -184,6 +196,8 @@ class PartitionProblem:
                 f"levels are nested with reduce_every={self.reduce_every!r} and transfers={self.transfers!r}; give "
                 "'microbatch', and 'relayed' or 'free'"
             )
+        if self.costs.sharing == "copies" and self.costs.colocated:
+            raise PlanError("levels are nested, where copies of shared parameters are not counted; keep them together")
         if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
             raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
 
@@ -237,6 +251,10 @@ class PartitionProblem:
     def reductions(self, num_replicas: int) -> float:
         """How often a replica reduces its gradients, per micro-batch of the batch."""
         return 1 / self.num_microbatches if self.reduce_every == "iteration" else self.share(num_replicas)
+
+    def allows(self, num_replicas: int) -> bool:
+        """Whether a stage may have so many replicas, as far as their shares go."""
+        return not self.even_replicas or self.num_microbatches % num_replicas == 0
 
     def share(self, num_replicas: int) -> float:
         """The part of all micro-batches that the busiest replica runs: ceil(M / R) / M."""

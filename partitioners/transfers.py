@@ -55,7 +55,24 @@ def stage_transfers(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple
                 _relay(problem, stages, result, amount, source, ends)
             elif problem.transfers != "free":
                 _send(problem, stages, result, amount, source, ends)
+    for index, stage in enumerate(stages):
+        if stage.variants and problem.transfers != "free":
+            _add_borders(problem, stage, result[index])
     return result
+
+
+def _add_borders(problem: PartitionProblem, stage: Stage, moved: StageTransfers) -> None:
+    """What the devices of a stage's replicas exchange at its border, on top of the messages; adds to `moved`."""
+    costs, here = problem.costs, set(stage.layers)
+    bandwidth, _ = problem.transfer_link
+    for name, way in zip(stage.layers, stage.variants, strict=True):
+        layer = costs.layer_by_name[name]
+        for tensor, amount in layer.variant(way, stage.degree).border_bytes if way else ():
+            producer = costs.producer_by_tensor.get(tensor)
+            if tensor in layer.inputs and producer is not None and producer not in here:
+                moved.inward.append(amount / bandwidth)
+            if producer == name and not here.issuperset(costs.consumers_by_tensor[tensor]):
+                moved.outward.append(amount / bandwidth)
 
 
 def _messages(

@@ -26,7 +26,7 @@ from pipeflow.partitioners.cluster import Cluster, Device, Level
 from pipeflow.partitioners.infeasible import explained
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
-from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, stashed
+from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, of_an_endless_batch, stashed
 from pipeflow.values import Count, Index, Value
 
 
@@ -42,6 +42,8 @@ class PartitionReport(Value):
         stages: the layers of each stage, in order.
         replicas: of each stage.
         devices: of each stage; those of the innermost level of links are consecutive.
+        degrees: how many devices share each of a stage's replicas (tensor parallelism).
+        variants: of each stage, the way in which each of its layers runs; empty where there is only one.
     """
 
     objective: float
@@ -52,6 +54,8 @@ class PartitionReport(Value):
     stages: tuple[tuple[str, ...], ...]
     replicas: tuple[Count, ...]
     devices: tuple[tuple[Index, ...], ...]
+    degrees: tuple[Count, ...]
+    variants: tuple[tuple[str, ...], ...]
 
 
 def partition(
@@ -139,6 +143,8 @@ def partition(
         stages=tuple(stage.layers for stage in found.stages),
         replicas=tuple(stage.num_replicas for stage in found.stages),
         devices=tuple(stage.devices for stage in found.stages),
+        degrees=tuple(stage.degree for stage in found.stages),
+        variants=tuple(stage.variants for stage in found.stages),
     )
 
 
@@ -204,6 +210,7 @@ def problem_of(
         transfers=profile.transfers,
         reduction=profile.reduction,
         reduce_every=profile.reduce_every,
+        even_replicas=profile.even_replicas,
         nested=profile.nested and len(cluster.levels) > 1,
         gradient_ratio=min(1.0, profile.state_ratio),
         optimizer_ratio=max(0.0, profile.state_ratio - 1),
@@ -229,6 +236,8 @@ def problem_of(
                 optimizer_ratio=0.0,
                 holds_received=False,
             )
+        case "variants":
+            return replace(problem, in_flight=of_an_endless_batch, holds_received=False)
         case _:
             assert_never(profile.memory)
 

@@ -91,6 +91,11 @@ def plan(
         raise PlanError(f"batch_size={batch_size}; a batch has at least 1 sample")
     if num_microbatches is not None and num_microbatches < 1:
         raise PlanError(f"num_microbatches={num_microbatches}; a batch is cut into at least 1")
+    if costs.has_variants:
+        raise PlanError(
+            "layers of the costs can run in several ways, which no runtime does; cut them with pf.partition, or leave "
+            "`variants` out"
+        )
     if graph is not None:
         _check_graph(graph, costs)
     costs = share(costs, shared)

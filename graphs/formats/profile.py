@@ -29,9 +29,11 @@ class Profile(Value):
         unsupported: layers that the file's accelerators cannot run.
         memory: what a device has to hold: parameters with gradients, optimizer state and activations
             of "training"; the "sizes" in the file and nothing else; or the "stashes" of activations
-            and weights of micro-batches in flight beyond a stage, as PipeDream's optimizer counts.
+            and weights of micro-batches in flight beyond a stage, as PipeDream's optimizer counts; or
+            what each of the layers' "variants" says, activations that it receives included.
         transfers, reduction, reduce_every: how the format's own planner counts transfers and
             reductions, as in `pipeflow.partitioners.problem`.
+        even_replicas: whether numbers of replicas have to divide the micro-batches.
         nested: whether it plans levels of links one inside the other.
         sends_once: whether a producer pays once for all stages that read its output.
         num_microbatches: of a batch, where the file fixes it.
@@ -46,11 +48,12 @@ class Profile(Value):
     bandwidth: float | None = Field(default=None, gt=0)
     unordered: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
-    memory: Literal["training", "sizes", "stashes"] = "training"
+    memory: Literal["training", "sizes", "stashes", "variants"] = "training"
     transfers: Literal["added", "overlapped", "relayed", "free"] = "added"
     reduction: Literal["ring", "server"] = "ring"
     reduce_every: Literal["iteration", "microbatch"] = "iteration"
     nested: bool = False
+    even_replicas: bool = False
     sends_once: bool = False
     num_microbatches: Count | None = None
     state_ratio: float = Field(default=3.0, ge=0)

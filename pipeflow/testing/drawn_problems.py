@@ -186,6 +186,7 @@ def problems(
         max_replicas=max_replicas,
         optimizer_ratio=draw(st.sampled_from([0.0, 1.0, 2.0])),
         transfers=draw(st.sampled_from(["added", "added", "overlapped", "relayed", "free"])),
+        even_replicas=replicas is None and draw(st.integers(0, 3)) == 3,
         reduction=draw(st.sampled_from(["ring", "ring", "server"])),
         weight_versions=draw(st.sampled_from([one_version, one_version, stashed])),
         holds_received=draw(st.sampled_from([True, True, False])),

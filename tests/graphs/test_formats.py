@@ -121,28 +121,50 @@ def test_pipedream_refuses(tmp_path: Path, text: str, story: str) -> None:
         FORMATS["pipedream"](written(tmp_path, text))
 
 
-def piper(alternative: str = "vanilla") -> dict[str, Any]:
+def piper(**changes: Any) -> dict[str, Any]:
     values = {"timePerSample": 0.5, "parameterSize": 100.0, "memoryUsageA": 30.0, "memoryUsageB": 400.0}
-    return {
+    again = {**values, "timePerSample": 0.7, "memoryUsageA": 3.0}
+    data = {
         "maxDevices": 4,
         "maxMemoryPerDevice": 1e9,
         "bandwidth": 1e6,
         "mbsInBatch": 16,
-        "nodes": [{"id": n, "name": "Block", "TMPCs": {"1": [{"id": alternative, **values}]}} for n in range(2)],
+        "nodes": [
+            {"id": 0, "name": "Block", "TMPCs": {"1": [{"id": "vanilla", **values}, {"id": "again", **again}]}},
+            {"id": 1, "TMPCs": {"2": [{"id": "vanilla", **values, "syncTimeFw": {"0": 8.0}}]}},
+        ],
         "edges": [{"sourceId": 0, "destId": 1, "communicationCost": 64.0}],
     }
+    return {**data, **changes}
 
 
 def test_piper(tmp_path: Path) -> None:
     profile = FORMATS["piper"](written(tmp_path, piper()))
-    assert profile.costs.layer_by_name["1"].inputs == ("0",)
-    assert profile.costs.layer_by_name["0"].saved_bytes == 30
-    assert profile.costs.tensor_by_name["0"].bytes == 64
-    assert (profile.state_ratio, profile.num_devices, profile.num_microbatches) == (3.0, 4, 16)
-    with pytest.raises(FormatError, match="vanilla"):
-        FORMATS["piper"](written(tmp_path, piper("recompute")))
-    with pytest.raises(FormatError, match="no key 'nodes'"):
-        FORMATS["piper"](written(tmp_path, {}))
+    first, second = profile.costs.layers
+    assert second.inputs == ("0:1",)
+    assert profile.costs.tensor_by_name["0:1"].bytes == 64
+    assert [(v.name, v.degree, v.seconds, v.saved_bytes) for v in first.variants] == [
+        ("vanilla", 1, 0.5, 30),
+        ("again", 1, 0.7, 3),
+    ]
+    assert (second.variants[0].degree, second.variants[0].resident_bytes) == (2, 400)
+    assert second.variants[0].border_bytes == (("0:1", 16),)
+    assert (profile.num_devices, profile.num_microbatches, profile.even_replicas) == (4, 16, True)
+
+
+@pytest.mark.parametrize(
+    ("data", "story"),
+    [
+        ({}, "no key 'nodes'"),
+        (piper(nodes=[{"id": 0, "TMPCs": {}}], edges=[]), "node 0 has no alternative"),
+        (piper(edges=piper()["edges"] * 2), "0 -> 1 of 'small' stands twice"),
+        (piper(nodes=piper()["nodes"] * 2), "the same id"),
+        (piper(edges=[{"sourceId": 0, "destId": 7, "communicationCost": 1}]), "does not exist"),
+    ],
+)
+def test_piper_refuses(tmp_path: Path, data: object, story: str) -> None:
+    with pytest.raises(FormatError, match=story):
+        FORMATS["piper"](written(tmp_path, data))
 
 
 def test_own_format(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from pipeflow.testing.partitioners import check_partitioner
 from pipeflow.testing.partitions import check_partition
 
 SOLVERS = {"cpsat": "ortools", "milp": "scipy"}
-NESTED = {"nested"}  # for problems of their own, in test_pipedream.py
-NAMES = sorted(n for n in PARTITIONERS if n not in NESTED and (n not in SOLVERS or find_spec(SOLVERS[n])))
+OTHERS = {"nested", "variants"}  # for problems of their own, in test_pipedream.py and test_piper.py
+NAMES = sorted(n for n in PARTITIONERS if n not in OTHERS and (n not in SOLVERS or find_spec(SOLVERS[n])))
 EXACT_ON_CHAINS = ["chain", "exhaustive"]
 ROUNDING = 1e-9
 

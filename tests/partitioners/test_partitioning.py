@@ -61,6 +61,8 @@ def test_report_is_in_the_units_of_the_file() -> None:
         "stages",
         "replicas",
         "devices",
+        "degrees",
+        "variants",
     }
     assert sorted(n for stage in report.stages for n in stage) == list("abcd")
     assert partition(COSTS, num_devices=2, max_replicas=1, partitioner=PARTITIONERS["uniform"]).partitioner == "uniform"
