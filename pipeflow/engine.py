@@ -33,7 +33,7 @@ from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
 from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
-from pipeflow.runtime.microbatch import Batch, MicroBatches, Needs, make_microbatches, needs_of
+from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
@@ -160,7 +160,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._workers = Workers(ranks, num_threads=num_threads)
         self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
         self._executors: dict[_Job, dict[int, Executor]] = {}
-        self._needs: dict[_Job, Needs] = {}
+        self._readers: dict[_Job, BatchReader] = {}
         self._recorder = Recorder(plan)
         if self._remote is not None:
             self._agree_on_weights(self._remote)
@@ -232,7 +232,7 @@ class Engine(AbstractContextManager["Engine"]):
         if job not in self._executors:
             executors = self._executors[job] = {rank: self._bind(job, rank) for rank in self._workers.ranks}
             required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
-            self._needs[job] = needs_of(self._prepared[job.phase].graph, self._layers(job), required)
+            self._readers[job] = BatchReader(self.graph, self._layers(job), required, self.plan.num_microbatches)
         return self._executors[job]
 
     def _layers(self, job: _Job) -> frozenset[str]:
@@ -425,7 +425,7 @@ class Engine(AbstractContextManager["Engine"]):
         def end(session: DecodeSession) -> None:
             job = _Job("infer", outputs=names, session=session)
             self._executors.pop(job, None)
-            self._needs.pop(job, None)
+            self._readers.pop(job, None)
 
         return DecodeSession(batch_size, run, end)
 
@@ -487,7 +487,7 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:
-            microbatches = make_microbatches(self.graph, batch, self.plan.num_microbatches, self._needs[job])
+            microbatches = self._readers[job].read(batch)
             if job.session is not None:
                 job.session.check_rows(microbatches)
             return microbatches

@@ -36,7 +36,7 @@ from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
-from pipeflow.runtime.microbatch import Cut, LengthPairs, even_cut
+from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
 from pipeflow.runtime.transport import Aborted, Payload
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted

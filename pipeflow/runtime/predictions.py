@@ -17,8 +17,9 @@ from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.sizes import size_of
 from pipeflow.program import rank_of
+from pipeflow.runtime.cut import LengthPairs
 from pipeflow.runtime.distributed import DistributedTransport
-from pipeflow.runtime.microbatch import LengthPairs, MicroBatches
+from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.state import needed_layers
 

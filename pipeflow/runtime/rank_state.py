@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.runtime.cut import even_cut
 from pipeflow.runtime.gradients import Verdict
 from pipeflow.runtime.losses import loss_factors
-from pipeflow.runtime.microbatch import MicroBatches, even_cut
+from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.randomness import Keyed
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots

@@ -25,7 +25,7 @@ from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_ca
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.loss_scale import LossScaler, unscale
 from pipeflow.runtime.losses import add_parts, loss_factors
-from pipeflow.runtime.microbatch import Batch, MicroBatches, make_microbatches, needs_of
+from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
@@ -203,8 +203,7 @@ class Reference:
         graph = self.graph
         self._precision.check_surroundings()
         read = read_inputs(graph, layers)
-        needs = needs_of(graph, layers, required_inputs(graph, layers))
-        microbatches = make_microbatches(graph, batch, self.num_microbatches, needs)
+        microbatches = BatchReader(graph, layers, required_inputs(graph, layers), self.num_microbatches).read(batch)
         if session is not None:
             session.check_rows(microbatches)
         sizes = microbatches.cut.sizes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeflow.program import Placement, Receive, Route
-from pipeflow.runtime.microbatch import Cut
+from pipeflow.runtime.cut import Cut
 from pipeflow.runtime.transport import Aborted, Payload
 
 _STOP = object()

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeflow.program import Receive, Route
-from pipeflow.runtime.microbatch import Cut
+from pipeflow.runtime.cut import Cut
 
 Payload = Sequence[Tensor] | None
 """The tensors of a route, in its order; None for an empty micro-batch."""

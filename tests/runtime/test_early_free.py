@@ -13,7 +13,8 @@ import pipeflow as pf
 from pipeflow.flows import flows
 from pipeflow.program import Compute, Direction, Free, Kind, Receive, Route, Send
 from pipeflow.runtime.binding import Binder
-from pipeflow.runtime.microbatch import Cut, MicroBatches, even_cut
+from pipeflow.runtime.cut import Cut, even_cut
+from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import compile_stage
