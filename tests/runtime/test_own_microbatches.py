@@ -195,7 +195,9 @@ def test_a_rank_needs_the_sizes_of_what_it_does_not_read_and_no_data() -> None:
     for result in run_ranks(lacking_ranks, 3, timeout=60):
         assert result.error is None, result.trace
         assert result.value[0] == losses
-        assert "nothing given tells the number of samples; give one of the inputs tokens, label, mask" in result.value[1]
+        assert (
+            "nothing given tells the number of samples; give one of the inputs tokens, label, mask" in result.value[1]
+        )
 
 
 KINDS = ("samples", "length", "cut", "replicas alone")
