@@ -137,7 +137,8 @@ class PhaseCosts(Value):
         layers: those that run.
         backward: those of them that backward passes through.
         gradients: the tensors that carry a gradient.
-        parameter_bytes: of what it trains, by layer.
+        parameter_bytes: of what it trains, by layer; a shared parameter counts for the first that learns.
+        shared: names of what it trains that several layers use.
     """
 
     name: str
@@ -145,6 +146,7 @@ class PhaseCosts(Value):
     backward: tuple[str, ...]
     gradients: tuple[str, ...]
     parameter_bytes: Mapping[str, Bytes]
+    shared: tuple[str, ...] = ()
 
 
 class SharedTensor(Value):
@@ -339,13 +341,20 @@ class GraphCosts(Value):
             known = ", ".join(p.name for p in self.phases) or "none"
             raise CostError(f"costs of {self.name!r}: there is no phase {name!r}; there is {known}")
         runs, backward, gradients = set(phase.layers), set(phase.backward), set(phase.gradients)
+        shared = tuple(s.model_copy(update={"is_trained": True}) for s in self.shared if s.name in phase.shared)
+        charged = {layer.name: phase.parameter_bytes.get(layer.name, 0) for layer in self.layers}
+        if self.sharing == "copies":
+            for tensor in (s for s in shared if s.is_copyable):
+                counted = next(n for n in tensor.layers if n in backward)
+                for user in tensor.layers:
+                    charged[user] += tensor.bytes if user != counted else 0
 
         def layer(c: LayerCosts) -> LayerCosts:
             outputs = tuple(t if t.name in gradients else t.model_copy(update={"gradient_bytes": 0}) for t in c.outputs)
             changes: dict[str, object] = {
                 "outputs": outputs,
                 "has_backward": c.name in backward,
-                "parameter_bytes": phase.parameter_bytes.get(c.name, 0),
+                "parameter_bytes": charged[c.name],
             }
             if c.name not in backward:
                 changes |= {"backward_input_seconds": 0.0, "backward_weight_seconds": 0.0}
@@ -353,7 +362,7 @@ class GraphCosts(Value):
                 changes |= {"inputs": (), "forward_seconds": 0.0, "saved_bytes": 0, "statistics_bytes": 0}
             return c.model_copy(update=changes)
 
-        return self.model_copy(update={"layers": tuple(layer(c) for c in self.layers), "phases": ()})
+        return self.model_copy(update={"layers": tuple(map(layer, self.layers)), "shared": shared, "phases": ()})
 
 
 def total_seconds(layers: Iterable[LayerCosts]) -> float:

@@ -134,12 +134,14 @@ def phase_costs(graph: LayerGraph) -> tuple[PhaseCosts, ...]:
 
 def _costs(graph: LayerGraph, phase: Phase, narrow: LayerGraph) -> PhaseCosts:
     trained = trained_parameters(graph, phase)
+    learning = {name for name, layer in narrow.layers.items() if layer.has_backward}
     return PhaseCosts(
         name=phase.name,
         layers=tuple(narrow.layers),
-        backward=tuple(name for name, layer in narrow.layers.items() if layer.has_backward),
+        backward=tuple(name for name in narrow.layers if name in learning),
         gradients=tuple(t for t in narrow.specs if t in narrow.differentiable),
         parameter_bytes={n: size for n, size in narrow.bytes_by_layer(trained).items() if size},
+        shared=tuple(s.name for s in graph.shared if s.name in trained and not learning.isdisjoint(s.layers)),
     )
 
 

@@ -59,17 +59,9 @@ def with_copies(costs: GraphCosts) -> GraphCosts:
     Each of them is charged for a copy, on one stage too, since what one of two layers costs
     cannot depend on where the other is. What cannot be copied, buffers that a forward changes,
     still keeps its layers together.
-
-    Raises:
-        PlanError: the graph has phases, of which each trains other parameters.
     """
     if costs.sharing == "copies":
         return costs
-    if costs.phases:
-        raise PlanError(
-            f"{costs.name!r} has phases ({', '.join(phase.name for phase in costs.phases)}), and which copies learn "
-            "would change from step to step; plan with shared='together'"
-        )
     extra = dict.fromkeys(costs.layer_by_name, 0)
     for shared in _copied(costs):
         counted = next((n for n in shared.layers if costs.layer_by_name[n].has_backward), shared.layers[0])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import pipeflow as pf
 from pipeflow.errors import PipeflowError
-from pipeflow.testing import unit_costs
 from pipeflow.testing.graphs import RunningShift
 from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
 from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
@@ -225,12 +224,6 @@ def shared_apart() -> None:
     make_plan(graph, [(["first", "middle0"], (0,)), (["middle1", "last", "loss"], (1,))])
 
 
-def copies_in_phases() -> None:
-    graph = chain()
-    graph.phase("first", losses=["loss"], trains=["first.*"])
-    pf.plan(graph, unit_costs(graph), pf.Cluster.uniform(1), batch_size=4, shared="copies")
-
-
 def synchronised_norm() -> None:
     chain(pf.lazy(nn.SyncBatchNorm, 4))
 
@@ -325,7 +318,6 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an input that no layer reads": unread_input,
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     'layers that share parameters on several stages, without `shared="copies"`': shared_apart,
-    "copies of shared parameters in a graph that trains in phases": copies_in_phases,
     "torch's SyncBatchNorm": synchronised_norm,
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,

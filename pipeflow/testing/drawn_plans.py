@@ -62,7 +62,7 @@ def plans(
         graph_digest: of the layer graph that the costs are of.
     """
     costs = graphs if isinstance(graphs, GraphCosts) else draw(learnable_costs() if graphs is None else graphs)
-    if copies and costs.shared and not costs.phases:
+    if copies and costs.shared:
         costs = with_copies(costs) if draw(st.booleans(), label="copies") else costs
     layers = _draw_stages(draw, costs, min(max_stages, len(costs.layers)))
     replicas = _draw_replicas(draw, costs, layers, min(max_replicas, max_ranks), equal_replicas)

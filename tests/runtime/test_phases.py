@@ -14,9 +14,11 @@ from torch.nn import functional
 
 import pipeflow as pf
 from pipeflow.errors import EngineError, GraphError, PlanError
+from pipeflow.graphs.sharing import with_copies
 from pipeflow.program import Mode, Send, Step
 from pipeflow.testing import layer_graphs, plans, run_ranks, unit_costs
 from pipeflow.testing.graphs import sample_batch
+from pipeflow.wiring import wire
 from tests.runtime.models import Stages, make_plan, sgd
 
 WIDTH, NOISE = 6, 3
@@ -103,11 +105,33 @@ def test_a_gan_trains_as_on_one_device(schedule: str) -> None:
     check(graph, make_plan(graph, layouts(graph, True), schedule=schedule), torch.float64, 1e-12)
 
 
+def with_the_discriminator_apart(graph: pf.LayerGraph, schedule: str) -> pf.Plan:
+    """Copies of the discriminator: what judges real samples on one stage, what judges made ones on others."""
+    real = names_of(graph, "discriminator.real")
+    generator = names_of(graph, "generator")
+    made = [n for n in graph.layers if n not in real and n not in generator]
+    stages: Stages = [(real, (2, 0)), (generator, (0, 1)), (made, (1, 2, 0))]
+    plan = make_plan(graph, [(list(graph.layers), (0,))], schedule=schedule)
+    replicated = tuple(pf.Stage.replicated(tuple(layers), tuple(ranks)) for layers, ranks in stages)
+    changes = {"costs": with_copies(plan.costs), "cluster": pf.Cluster.uniform(3), "stages": replicated}
+    return pf.Plan.model_validate({**dict(plan), **changes})
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_copies_of_the_discriminator_learn_in_its_phase_alone(schedule: str) -> None:
+    graph = gan(torch.float64, norm=True)
+    plan = with_the_discriminator_apart(graph, schedule)
+    assert [str(r) for r in wire(plan.in_phase("discriminator"), Mode.TRAIN).shared] == ["reduce 0+2"]
+    assert wire(plan.in_phase("generator"), Mode.TRAIN).shared == ()
+    check(graph, plan, torch.float64, 1e-12)
+
+
 def over_gloo(rank: int) -> None:
     torch.set_num_threads(1)
     for dtype, replicas in ((torch.float32, False), (torch.float64, True)):
         graph = gan(dtype, norm=True)
         check(graph, make_plan(graph, layouts(graph, replicas)), dtype, 1e-12 if replicas else 0.0)
+    check(graph, with_the_discriminator_apart(graph, "1f1b"), torch.float64, 1e-12)
 
 
 def test_a_gan_trains_as_on_one_device_over_processes() -> None:
