@@ -45,9 +45,10 @@ check: setup ## format, lint, types, tests: what CI runs
 fuzz: setup ## the laws on fresh random draws, many more than the tests take, in the time there is
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m hypothesis $(ARGS) $(TESTS)
 
-bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining
+bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining and an earlier commit
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.versions
 
 bench-partition: setup ## the partitioners on published cost graphs, against proven optima and other rules
 	$(BIN)/python -m benchmarks.partition
