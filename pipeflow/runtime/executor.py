@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeflow.errors import BatchError, LayerFailure, NonFiniteError
 from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
-from pipeflow.runtime.failures import failed_backward
+from pipeflow.runtime.failures import failed_backward, odd_output
 from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
 from pipeflow.runtime.loss_scale import unscale
 from pipeflow.runtime.losses import loss_table, read_losses, same_batch
@@ -198,12 +198,13 @@ class Executor:
     def _fail(self, error: Exception, position: int) -> NoReturn:
         action = self._bound[position][0] if 0 <= position < len(self._bound) else None
         stage = microbatch = layer = None
-        phase = "transport"
+        phase, odd = "transport", ""
         if isinstance(action, Compute):
             stage, microbatch = action.stage, action.microbatch
             state = self.state.stages[stage]
             if action.kind is Kind.FORWARD:
                 phase, layer = "forward", state.compiled.failed_layer(state.live[microbatch] or [], error)
+                odd = odd_output(state, microbatch)
             else:
                 phase, layer = "backward", failed_backward(self.state, stage, microbatch, error)
         elif isinstance(action, Step):
@@ -218,6 +219,6 @@ class Executor:
             microbatch=microbatch,
             step=self._step,
             phase=phase,
-            original=f"{type(error).__name__}: {error}",
+            original=f"{type(error).__name__}: {error}{odd}",
             trace="".join(traceback.format_exception(error)),
         ) from error

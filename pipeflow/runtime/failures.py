@@ -13,6 +13,18 @@ from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.stage import LayerCall, Slots
 
 
+def odd_output(stage: StageState, microbatch: int) -> str:
+    """What a layer's forward gave that is no tensor, as the end of an error's text; "" where all are."""
+    slots = stage.live[microbatch] or []
+    for call in stage.compiled.calls if slots else ():
+        for value in (slots[slot] for slot in call.writes):
+            if value is not None and not isinstance(value, Tensor):
+                return (
+                    f"; {call.layer.name!r} gave a {type(value).__name__}, but a tensor while the graph was described"
+                )
+    return ""
+
+
 def failed_backward(state: RankState, index: int, microbatch: int, error: BaseException) -> str | None:
     """The layer of stage `index` that raised the error during backward; None where it cannot be told."""
     stage = state.stages[index]

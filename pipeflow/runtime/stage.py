@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from pipeflow.flows import Flow
-from pipeflow.graphs.calling import flat_call
+from pipeflow.graphs.calling import flat_call, is_tensor
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.nesting import describe
 from pipeflow.runtime.strides import packed, straight
 
 Slots = list[Any]
@@ -124,13 +125,13 @@ class CompiledStage:
         self.work.append(call.run)
 
     def failed_layer(self, slots: Slots, error: BaseException) -> str | None:
-        """The layer whose forward raised the error: in a run, or the first that has not filled its slot."""
+        """The layer whose forward raised the error: in a run, or the first that gave no tensor."""
         in_run = (name for segment in self.segments if (name := segment.failed_layer(error)) is not None)
         if (name := next(in_run, None)) is not None:
             return name
         runs = frozenset().union(*(segment.layers for segment in self.segments))
         alone = (call for call in self.calls if call.layer.name not in runs)
-        return next((call.layer.name for call in alone if slots[call.writes[0]] is None), None)
+        return next((c.layer.name for c in alone if not all(isinstance(slots[i], Tensor) for i in c.writes)), None)
 
 
 def compile_stage(
@@ -261,8 +262,10 @@ def _call(
 
         def call(slots: Slots) -> None:
             values = function(*arguments(slots), **kwargs)
-            if len(values) != len(outputs):
-                raise ValueError(f"returned {len(values)} tensors, but {len(outputs)} while the graph was described")
+            # A tensor has a length too, which may even be that number.
+            if isinstance(values, Tensor) or len(values) != len(outputs):
+                seen = describe(values, is_tensor)
+                raise ValueError(f"gave {seen}, but {len(outputs)} tensors while the graph was described")
             for i, value in enumerate(values):
                 slots[outputs[i]] = packed(value) if i in layer.strided_outputs else value
 

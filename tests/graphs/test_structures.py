@@ -270,3 +270,18 @@ def test_a_result_of_another_form_while_running_is_an_error() -> None:
     graph.add("e", module, x)
     with pytest.raises(ValueError, match=r"gave \{y: Tensor, n: 2\}, but \{y: Tensor, n: 1\} while the graph"):
         call(graph, "e", torch.ones(B, 6))
+
+
+def test_a_layer_with_structures_is_profiled_as_it_is_called() -> None:
+    graph, (x,) = graph_of("x")
+    hidden = graph.add("hidden", pf.lazy(nn.Linear, 6, 6), x)
+    out = graph.add("s", states, hidden)
+    mixed = graph.add("w", weigh, {"left": out["hidden"], "rest": [x, out["states"][0].hidden]}, 0.5)
+    graph.loss("loss", torch.mean, mixed)
+    costs = pf.profile(graph, {"x": torch.randn(8, 6)}, num_repeats=1, warmup=0)
+    layer = costs.layer_by_name["s"]
+    assert [t.name for t in layer.outputs] == list(graph.layers["s"].outputs)
+    assert [t.gradient_bytes for t in layer.outputs] == [8 * 6 * 4, 8 * 6 * 4, 0, 0]
+    assert costs.layer_by_name["w"].inputs == ("s:hidden", "x", "s:states.0.hidden")
+    assert layer.forward_seconds > 0
+    assert layer.backward_input_seconds > 0

@@ -126,9 +126,9 @@ def one_tensor_in_two_places(x: Tensor) -> tuple[Tensor, list[Tensor]]:
 def an_output_that_is_given_twice() -> pf.LayerGraph:
     """What goes in also comes out, and one new tensor comes out twice, each read in two places."""
     graph, h = start("twice")
-    same, (one, other) = graph.add("give", one_tensor_in_two_places, h)
+    same, (first, other) = graph.add("give", one_tensor_in_two_places, h)
     value = h
-    for i, part in enumerate([other, one, same, other, one, same]):
+    for i, part in enumerate([other, first, same, other, first, same]):
         value = graph.add(f"join{i}", torch.addcmul, graph.add(f"block{i}", linear(), value), part, part, value=0.1)
     return finish(graph, value)
 
@@ -203,25 +203,55 @@ def test_is_what_plain_torch_does() -> None:
     assert torch.equal(after, before - 0.05 * before.grad)
 
 
-class Counting(nn.Module):
-    """Gives one more tensor from its third call on, which nothing could have seen before."""
+class Changing(nn.Module):
+    """Gives something else from its third call on, which nothing could have seen before."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[Tensor], Any], after: Callable[[Tensor], Any]) -> None:
         super().__init__()
+        self.before, self.after = before, after
         self.num_calls = -1
 
     def forward(self, x: Tensor) -> Any:
         if type(x) is Tensor:  # not while the graph is described
             self.num_calls += 1
-        return {"y": x} if self.num_calls < 2 else {"y": x, "more": x}
+        return self.before(x) if self.num_calls < 2 else self.after(x)
 
 
-def test_a_structure_that_changes_while_running_is_a_named_error() -> None:
+def one(x: Tensor) -> Tensor:
+    return x
+
+
+def as_dict(x: Tensor) -> dict[str, Tensor]:
+    return {"y": x}
+
+
+def as_larger_dict(x: Tensor) -> dict[str, Tensor]:
+    return {"y": x, "more": x}
+
+
+def as_pair(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, x
+
+
+@pytest.mark.parametrize("cut", [2, 1])
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (as_dict, as_larger_dict, "gave {y: Tensor, more: Tensor}, but {y: Tensor} while the graph"),
+        (as_dict, one, "gave Tensor, but {y: Tensor} while the graph"),
+        (as_pair, one, "gave Tensor, but 2 tensors while the graph"),  # of two samples, that is of length 2
+        (one, as_pair, "'changing' gave a tuple, but a tensor while the graph"),
+    ],
+)
+def test_a_structure_that_changes_while_running_is_a_named_error(
+    before: Callable[[Tensor], Any], after: Callable[[Tensor], Any], words: str, cut: int
+) -> None:
     graph, h = start("changing")
-    graph = finish(graph, graph.add("changing", Counting(), h)["y"])
+    graph.add("changing", Changing(before, after), h)
+    graph = finish(graph, graph.layers["changing"].outputs[0])
     names = list(graph.layers)
-    plan = make_plan(graph, [(names[:1], (0,)), (names[1:], (1,))], num_microbatches=4)
+    plan = make_plan(graph, [(names[:cut], (0,)), (names[cut:], (1,))], num_microbatches=4)
     with pf.Engine(graph, plan, sgd) as engine, pytest.raises(LayerFailure) as caught:
         engine.step(sample_batch(graph, 8))
-    assert (caught.value.layer, caught.value.stage, caught.value.microbatch) == ("changing", 1, 2)
-    assert "gave {y: Tensor, more: Tensor}, but {y: Tensor} while the graph was described" in str(caught.value)
+    assert (caught.value.layer, caught.value.microbatch) == ("changing", 2)
+    assert words in str(caught.value)
