@@ -26,12 +26,14 @@ class TensorCosts(Value):
         bytes: of the tensor for `GraphCosts.samples` samples.
         gradient_bytes: of its gradient; 0 where no loss needs one.
         scales: whether its bytes grow with the number of samples.
+        shared_with: the tensor whose memory it is, where it has none of its own (a reshaped view).
     """
 
     name: str
     bytes: Bytes = 0
     gradient_bytes: Bytes = 0
     scales: bool = True
+    shared_with: str = ""
 
 
 class Variant(Value):
@@ -70,6 +72,13 @@ class LayerCosts(Value):
         fixed_fraction: share of those seconds that does not shrink with the number of samples.
         parameter_bytes: weights alone; gradients and optimizer state come on top.
         saved_bytes: what forward keeps for backward, outputs of the layer included.
+        internal_bytes: of `saved_bytes`, what is neither an input nor an output of the layer; None where
+            that is not known, and then nor are the five that follow.
+        kept_tensors: names of its inputs and outputs that backward needs.
+        forward_working_bytes: forward allocates so much more meanwhile than is there when it is done.
+        bare_working_bytes: the same for a forward that keeps nothing for backward.
+        backward_working_bytes: the same for backward, over what is there when it starts.
+        backward_fixed_bytes: of that, what does not scale with the samples (a gradient of a weight).
         has_backward: whether backward passes through this layer at all.
         replicable: False where replicas would not train as one device does (buffers that a forward changes).
         statistics_bytes: what replicas tell each other of each micro-batch (batch-norm's means and variances).
@@ -88,6 +97,12 @@ class LayerCosts(Value):
     fixed_fraction: float = Field(default=0.0, ge=0, le=1)
     parameter_bytes: Bytes = 0
     saved_bytes: Bytes = 0
+    internal_bytes: Bytes | None = None
+    kept_tensors: tuple[str, ...] = ()
+    forward_working_bytes: Bytes = 0
+    bare_working_bytes: Bytes = 0
+    backward_working_bytes: Bytes = 0
+    backward_fixed_bytes: Bytes = 0
     has_backward: bool = True
     replicable: bool = True
     statistics_bytes: Bytes = 0
@@ -304,6 +319,7 @@ class GraphCosts(Value):
                     "backward_weight_seconds": c.backward_weight_seconds * factor,
                     "fixed_fraction": c.fixed_fraction / factor if factor else 0.0,
                     "saved_bytes": math.ceil(c.saved_bytes * ratio),
+                    **_working_bytes_at(c, ratio),
                     "outputs": tuple(tensor(t) for t in c.outputs),
                     "variants": tuple(variant(v) for v in c.variants),
                 }
@@ -363,6 +379,17 @@ class GraphCosts(Value):
             return c.model_copy(update=changes)
 
         return self.model_copy(update={"layers": tuple(map(layer, self.layers)), "shared": shared, "phases": ()})
+
+
+def _working_bytes_at(layer: LayerCosts, ratio: float) -> dict[str, int | None]:
+    """What a layer holds inside, at another number of samples."""
+    fixed = layer.backward_fixed_bytes
+    return {
+        "internal_bytes": None if layer.internal_bytes is None else math.ceil(layer.internal_bytes * ratio),
+        "forward_working_bytes": math.ceil(layer.forward_working_bytes * ratio),
+        "bare_working_bytes": math.ceil(layer.bare_working_bytes * ratio),
+        "backward_working_bytes": fixed + math.ceil((layer.backward_working_bytes - fixed) * ratio),
+    }
 
 
 def total_seconds(layers: Iterable[LayerCosts]) -> float:

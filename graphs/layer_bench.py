@@ -16,6 +16,7 @@ from torch import nn
 from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.layer_memory import LayerMemory, observe
 from pipeflow.graphs.stopwatch import Call, calibrate, sample, spread
 
 Tensors = Mapping[str, torch.Tensor]
@@ -52,6 +53,13 @@ class GraphRun:
             self._values.update(zip(layer.outputs, (t.detach() for t in outputs), strict=True))
             kept += outputs
             self.saved_bytes[name] = sum(sizes)
+
+    def observe(self, layer: Layer, device: torch.device) -> LayerMemory:
+        """What the layer allocates and keeps."""
+        bench = self.bench(layer)
+        function = bench.function
+        state = [*function.parameters(), *function.buffers()] if isinstance(function, nn.Module) else []
+        return observe(layer, bench.forward, bench.inputs, state, device)
 
     def bench(self, layer: Layer) -> _Bench:
         """The layer by itself, with inputs cut off from what made them."""

@@ -72,6 +72,7 @@ def profile(
     key = {
         "graph": graph.digest,
         "device": describe_device(where),
+        "amounts": 2,  # what is measured: more than the first version did
         "samples": samples,
         **({"lengths": dict(lengths)} if lengths else {}),
         "torch": str(torch.__version__),
@@ -115,6 +116,7 @@ def _profile(
     other_local = {n: t[:other] if other < samples else torch.cat([t] * (other // samples)) for n, t in local.items()}
     runs = GraphRun(graph, functions, local), GraphRun(graph, functions, other_local)
     overhead = _autograd_overhead(device, effort)
+    memories = {name: [run.observe(layer, device) for run in runs] for name, layer in graph.layers.items()}
     benches = {name: [TimedLayer(run.bench(layer)) for run in runs] for name, layer in graph.layers.items()}
     # Round by round over all layers, so that a disturbance of the machine hits no layer alone.
     for _ in range(effort.num_repeats):
@@ -124,18 +126,28 @@ def _profile(
     layers = []
     for name, layer in graph.layers.items():
         times, other_times = (bench.times(overhead) for bench in benches[name])
+        memory, other_memory = memories[name]
+        working, share = memory.backward_bytes, other / samples
         layers.append(
             LayerCosts(
                 name=name,
                 kind=layer.kind,
                 inputs=layer.inputs,
-                outputs=tuple(_tensor(graph, t, samples, lengths) for t in layer.outputs),
+                outputs=tuple(
+                    _tensor(graph, t, samples, lengths, memory.shared_with.get(t, "")) for t in layer.outputs
+                ),
                 forward_seconds=times.forward,
                 backward_input_seconds=times.backward_input,
                 backward_weight_seconds=times.backward_weight,
                 fixed_fraction=_fixed_fraction(times.total, other_times.total, other / samples),
                 parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=runs[0].saved_bytes[name],
+                internal_bytes=memory.internal_bytes,
+                kept_tensors=memory.kept_tensors,
+                forward_working_bytes=memory.forward_bytes,
+                bare_working_bytes=memory.bare_bytes,
+                backward_working_bytes=working,
+                backward_fixed_bytes=round(working * _fixed_fraction(working, other_memory.backward_bytes, share)),
                 has_backward=layer.has_backward,
                 replicable=layer.is_replicable,
                 statistics_bytes=graph.statistics_bytes[name],
@@ -154,11 +166,13 @@ def _profile(
     )
 
 
-def _tensor(graph: LayerGraph, name: str, samples: int, lengths: Mapping[str, int]) -> TensorCosts:
+def _tensor(
+    graph: LayerGraph, name: str, samples: int, lengths: Mapping[str, int], shared_with: str = ""
+) -> TensorCosts:
     spec = graph.specs[name]
     size = spec.bytes_at(samples, lengths)
     gradient = size if name in graph.differentiable else 0
-    return TensorCosts(name=name, bytes=size, gradient_bytes=gradient, scales=spec.scales)
+    return TensorCosts(name=name, bytes=size, gradient_bytes=gradient, scales=spec.scales, shared_with=shared_with)
 
 
 def _fixed_fraction(seconds: float, other_seconds: float, fraction: float) -> float:

@@ -12,13 +12,14 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
 
+from pipeflow.arrivals import known_arrivals
 from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
@@ -35,6 +36,7 @@ from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
+from pipeflow.runtime.peak_bytes import PeakBytes
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import check_outputs, gather_outputs
@@ -51,7 +53,8 @@ from pipeflow.runtime.transport import Aborted, Transport
 from pipeflow.runtime.workers import Workers
 
 TransportKind = Literal["auto", "threads", "distributed"]
-Work = Literal["step", "accumulate", "infer"]
+Work = Literal["step", "measured", "accumulate", "infer"]
+"""A "measured" step has its bytes counted, and is slower for it."""
 
 
 class _Job(NamedTuple):
@@ -99,7 +102,8 @@ class Engine(AbstractContextManager["Engine"]):
             `torchrun` job; "auto" is distributed where there is such a job.
         devices: a torch device for each rank; by default those that the plan's cluster names.
         num_threads: threads torch may use in each rank; by default the process's, shared out.
-        measure: record how long each stage takes (`measured`).
+        measure: record how long each stage takes, and of one early step the bytes that each rank
+            holds at most (`measured`).
 
     Raises:
         PlanError: the plan is for another graph, or asks for what this version does not run.
@@ -161,7 +165,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
         self._executors: dict[_Job, dict[int, Executor]] = {}
         self._readers: dict[_Job, BatchReader] = {}
-        self._recorder = Recorder(plan)
+        self._recorder = Recorder(plan, self._prepared[None].peak_bytes_by_rank)
+        self._peaks = {rank: PeakBytes(self._devices[rank]) for rank in ranks}
         if self._remote is not None:
             self._agree_on_weights(self._remote)
 
@@ -255,7 +260,7 @@ class Engine(AbstractContextManager["Engine"]):
         for index, stage in stages.items() if train else ():
             fuse_runs(stage.compiled, self.plan.stages[index].recompute, prepared.flows, stage.replica.modules)
         device = self._devices[rank]
-        transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device)
+        transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device, copies=work == "measured")
         binder = Binder(
             rank=rank,
             state=RankState(graph, stages, self.plan.num_microbatches, device),
@@ -265,7 +270,7 @@ class Engine(AbstractContextManager["Engine"]):
             carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in graph.layers[n].inputs),
             keep=outputs or (),
             train=train,
-            reduces=work == "step",
+            reduces=work != "accumulate",
             shared=self._copies.names_by_stages,
         )
         actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
@@ -278,7 +283,7 @@ class Engine(AbstractContextManager["Engine"]):
             for name, parameter in replica.parameters.items()
             if name not in replica.borrowed
         }
-        policy = self._policy if work == "step" else None
+        policy = self._policy if work in ("step", "measured") else None
         return Executor(
             actions,
             binder,
@@ -286,6 +291,9 @@ class Engine(AbstractContextManager["Engine"]):
             owned=owned,
             names=tuple(self.graph.parameters),
             measure=self._measure and work == "step",
+            arrived=known_arrivals(program, lambda a: bool(binder.messages.sent(a.route, a.microbatch)))[rank]
+            if actions
+            else (),
         )
 
     # --- running --------------------------------------------------------------------------
@@ -333,7 +341,7 @@ class Engine(AbstractContextManager["Engine"]):
                 wait, or the engine has failed or is closed.
         """
         self._check_trainable(share, phase)
-        job = _Job("step", phase)
+        job = _Job(self._step_work(batch, phase), phase)
         start = time.perf_counter()
         try:
             result = self._run(job, batch, share=share)[0]
@@ -341,12 +349,23 @@ class Engine(AbstractContextManager["Engine"]):
             self._open.stepped()  # its gradients are let go of
             raise
         self._open.stepped()
-        if self._measure:
+        if job.work == "measured":
+            self._recorder.record_peaks({rank: peak.bytes for rank, peak in self._peaks.items()})
+        elif self._measure:
             spans = {rank: executor.spans for rank, executor in self._executor(job).items()}
             self._recorder.record(spans, time.perf_counter() - start)
         self._step += 1
         self._calls += 1
         return result
+
+    def _step_work(self, batch: Batch, phase: str | None) -> Work:
+        """How to step: with bytes counted, if that is wanted and the batch is the one that is planned for."""
+        if not self._measure or phase is not None or not self._recorder.wants_peaks:
+            return "step"
+        job = _Job("step", phase)
+        self._executor(job)
+        cut = self._check_batch(job, batch).cut
+        return "measured" if cut.even and cut.num_samples == self.plan.batch_size else "step"
 
     def evaluate(self, batch: Batch, *, phase: str | None = None) -> StepResult:
         """The losses of a batch with the layers in evaluation mode; nothing is trained.
@@ -455,7 +474,7 @@ class Engine(AbstractContextManager["Engine"]):
                 if train:
                     replica.enter(job.phase)
             try:
-                with torch.set_grad_enabled(train):
+                with torch.set_grad_enabled(train), self._watched(job, rank, batch):
                     executors[rank].run(microbatches, step=self._step, share=share, draw=draw, loss_scale=loss_scale)
             except NonFiniteError:
                 raise  # every rank raises it by itself
@@ -472,7 +491,7 @@ class Engine(AbstractContextManager["Engine"]):
         num_samples = microbatches.cut.num_samples
         scale = self.loss_scale if train else None
         result = StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip, scale)
-        if job.work == "step":
+        if job.work in ("step", "measured"):
             self._end_step(result, overflow=verdict.overflow)
         return result, microbatches
 
@@ -484,6 +503,12 @@ class Engine(AbstractContextManager["Engine"]):
             for replicas in self._replicas.values():
                 for replica in replicas.values():
                     replica.follow_loss(result.loss)
+
+    def _watched(self, job: _Job, rank: int, batch: Batch) -> AbstractContextManager[None]:
+        if job.work != "measured":
+            return nullcontext()
+        read = self._executor(job)[rank].state.read_inputs
+        return self._peaks[rank].watched(self._replicas[rank].values(), batch, read)
 
     def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
         try:

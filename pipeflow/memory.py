@@ -1,29 +1,53 @@
 """The one memory model: what each rank holds while it follows its program.
 
-    always            parameters; and while training, for layers that learn, their gradients and
-                      the optimizer's state
+    always            parameters; while training, the optimizer's state; the inputs of the whole batch
+                      that layers here read
     receive           + the payload
-    F                 + what the stage keeps for backward; without a backward, its outputs
-    B or I            + the gradients that it sends away; and while it lasts, what a run of recomputed
-                      layers saves (`pipeflow.partitioners.activations`)
+    send              + the payload, unless the stage keeps it anyway, until a message from the receiver
+                      shows that it has arrived (`pipeflow.arrivals`)
+    F, B or I, W      as `pipeflow.stage_memory` has it for one micro-batch of a stage; the first
+                      backward of a stage leaves the gradients of its parameters
+    reduce            + a copy of these, until the step
     handed over       what a stage is given by another on the same rank counts as its own from
-                      then on: gradients, and activations of a stage that is freed before it
+                      then on: gradients, and activations that the other does not keep itself
     free stage,m      - all of that stage and micro-batch
+    step              - the gradients of the parameters
 
 Shared by the verifier, which compares it with the devices, and the simulator, which reports it.
-The batch itself, and what a layer allocates only while it runs, are not counted.
+What an optimizer allocates only while it steps is not counted, nor are buffers of layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from pipeflow.arrivals import known_arrivals
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.sharing import held_bytes
-from pipeflow.partitioners.activations import stage_activations
-from pipeflow.program import Action, Compute, Free, Kind, Mode, Program, Receive, Route
+from pipeflow.program import (
+    Action,
+    Compute,
+    Direction,
+    Free,
+    Kind,
+    Mode,
+    Placement,
+    Program,
+    Receive,
+    Reduce,
+    ReduceShared,
+    Reduction,
+    Route,
+    Send,
+    Step,
+    stages_of,
+)
+from pipeflow.stage_memory import StageBytes, stage_bytes
+from pipeflow.units import format_bytes
 from pipeflow.wiring import Wiring
 
 
@@ -33,7 +57,7 @@ class Peak:
 
     Attributes:
         bytes: in total.
-        static_bytes: of these, parameters, gradients and optimizer state.
+        static_bytes: of these, parameters, optimizer state and the batch.
         position: index of the action at which the peak is first reached; -1 before the first.
     """
 
@@ -50,115 +74,199 @@ def peak_by_rank(program: Program, plan: Plan, wiring: Wiring) -> tuple[Peak, ..
         wiring: of `plan` in the program's mode.
     """
     ledger = _ledger(plan, wiring)
+    arrived = known_arrivals(program)
     result = []
     for rank, static in enumerate(_static_bytes_by_rank(plan, wiring)):
-        peak, position, _ = _replay(rank, program.actions_by_rank[rank], ledger)
+        peak, position, _ = _replay(rank, program.actions_by_rank[rank], arrived[rank], ledger)
         result.append(Peak(static + peak, static, position))
     return tuple(result)
 
 
-def held_at_peak(
-    program: Program, plan: Plan, wiring: Wiring, rank: int, peak: Peak
-) -> tuple[tuple[int, int, int], ...]:
-    """(stage, micro-batch, bytes) of all that a rank holds at its peak, in order."""
-    _, _, held = _replay(rank, program.actions_by_rank[rank][: peak.position + 1], _ledger(plan, wiring))
-    return tuple((stage, microbatch, amount) for (stage, microbatch), amount in sorted(held.items()))
+def peak_story(program: Program, plan: Plan, wiring: Wiring, rank: int, peak: Peak) -> tuple[str, ...]:
+    """What a rank holds just before the action of its peak, and what that needs, a line each."""
+    lines = [f"parameters, optimizer state and the batch: {format_bytes(peak.static_bytes)}"]
+    if peak.position < 0:
+        return tuple(lines)
+    actions = program.actions_by_rank[rank]
+    _, _, held = _replay(rank, actions[: peak.position], known_arrivals(program)[rank], _ledger(plan, wiring))
+    for stage in sorted({stage for stage, _ in held}):
+        own = {m: n for (s, m), n in sorted(held.items()) if s == stage and n}
+        if stage == _SENT:
+            lines += [f"on its way to rank {peer}: {format_bytes(n)}" for peer, n in own.items()]
+            continue
+        if gradients := own.pop(_GRADIENTS, 0) + own.pop(_REDUCTION, 0):
+            lines.append(f"gradients of the parameters of stage {stage}: {format_bytes(gradients)}")
+        if own:
+            names = f"{len(own)} micro-batches from {min(own)} to {max(own)}"
+            lines.append(f"stage {stage}, {names}: {format_bytes(sum(own.values()))}")
+    rest = peak.bytes - peak.static_bytes - sum(held.values())
+    return (*lines, f"'{actions[peak.position]}' itself: {format_bytes(rest)}")
 
 
 _Handover = tuple[int, tuple[int, ...], int]
 """(target stage, its ranks, bytes)"""
 
+_GRADIENTS, _REDUCTION = -1, -2
+"""Instead of a micro-batch: the gradients of a stage's parameters, and their copy for the reduction."""
+
+_SENT = -1
+"""Instead of a stage: what is on its way to a rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Ledger:
-    """Per stage: bytes that a forward and a backward add, a backward holds meanwhile, and what may be handed over."""
+    """Per stage: what a micro-batch holds, what is handed over at a compute, bytes of parameters that learn."""
 
-    forward: list[int]
-    backward: list[int]
-    transient: list[int]
-    handed_forward: list[tuple[_Handover, ...]]
-    handed_backward: list[tuple[_Handover, ...]]
+    placement: Placement
+    stages: list[StageBytes]
+    handed: dict[Kind, list[tuple[_Handover, ...]]]
+    learned: list[int]
+    reduced: dict[Reduction, int]
     payload: dict[Route, int]
     payload_by_id: dict[int, int]
+    sent: dict[Route, list[tuple[str, int]]]
+    sent_by_id: dict[int, list[tuple[str, int]]]
 
 
 def _ledger(plan: Plan, wiring: Wiring) -> _Ledger:
-    layers = plan.costs.layer_by_name
     payload = dict(wiring.payload_bytes)
-
-    def handed(routes: Sequence[Route]) -> tuple[_Handover, ...]:
-        return tuple(
-            (route.target, wiring.placement[route.target], payload[route])
-            for route in routes
-            if not set(wiring.placement[route.source]).isdisjoint(wiring.placement[route.target])
+    tensors = plan.costs.tensor_by_name
+    stages = [
+        stage_bytes(
+            plan.costs,
+            stage,
+            gradients_in=sum(payload[route] for route in wiring.gradient_in[s]),
+            gradients_out=sum(payload[route] for route in wiring.gradient_out[s]),
+            gradients_summed=sum(tensors[t].gradient_bytes for t in _in_parts(wiring.gradient_in[s])),
+            train=wiring.has_backward[s],
         )
+        for s, stage in enumerate(plan.stages)
+    ]
 
-    activations = [stage_activations(plan.costs, stage) for stage in plan.stages]
+    def alone(route: Route) -> list[tuple[str, int]]:
+        """What is given, with bytes, without what its producer keeps until its backward anyway."""
+        if route.direction is Direction.BACKWARD:
+            return [(part, tensors[part.partition("#")[0]].gradient_bytes) for part in route.payload]
+        stays = stages[route.source].kept
+        return [(t, tensors[t].bytes) for t in route.payload if t not in stays]
+
+    def handed(outgoing: Sequence[Route]) -> tuple[_Handover, ...]:
+        result = []
+        for route in outgoing:
+            if not set(wiring.placement[route.source]).isdisjoint(wiring.placement[route.target]):
+                result.append((route.target, wiring.placement[route.target], sum(n for _, n in alone(route))))
+        return tuple(result)
+
+    forward, backward = ([handed(out) for out in outs] for outs in (wiring.forward_out, wiring.gradient_out))
     return _Ledger(
-        forward=[
-            kept if has_backward else sum(t.bytes for n in stage.layers for t in layers[n].outputs)
-            for stage, (kept, _), has_backward in zip(plan.stages, activations, wiring.has_backward, strict=True)
-        ],
-        transient=[transient for _, transient in activations],
-        backward=[sum(payload[r] for r in out) for out in wiring.gradient_out],
-        # While the producer waits for its backward, the activation is counted among what it saves.
-        handed_forward=[
-            () if has_backward else handed(out)
-            for out, has_backward in zip(wiring.forward_out, wiring.has_backward, strict=True)
-        ],
-        handed_backward=[handed(out) for out in wiring.gradient_out],
+        placement=wiring.placement,
+        stages=stages,
+        handed={
+            Kind.FORWARD: forward,
+            Kind.BACKWARD: backward,
+            Kind.BACKWARD_INPUT: backward,
+            Kind.BACKWARD_WEIGHT: [()] * len(stages),
+        },
+        learned=[held.trained for held in held_bytes(plan.costs, [stage.layers for stage in plan.stages])],
+        reduced=dict(wiring.reduced_bytes),
         payload=payload,
-        payload_by_id={id(route): amount for route, amount in wiring.payload_bytes.items()},
+        payload_by_id={},
+        sent={route: alone(route) for route in wiring.routes},
+        sent_by_id={},
     )
 
 
-def _replay(rank: int, actions: Sequence[Action], ledger: _Ledger) -> tuple[int, int, dict[tuple[int, int], int]]:
+def _replay(
+    rank: int, actions: Sequence[Action], arrived: Sequence[int], ledger: _Ledger
+) -> tuple[int, int, dict[tuple[int, int], int]]:
     """(peak over the static bytes, where it is first reached, what is held at the end)."""
     held: dict[tuple[int, int], int] = {}
+    sent: dict[int, deque[list[tuple[tuple[str, int], int]]]] = {}
+    on_its_way: dict[tuple[str, int], int] = {}  # a tensor that is sent to several ranks is there once
+    num_arrived: dict[int, int] = {}
+    known = iter(arrived)
     total = peak = 0
     position = -1
-    for index, action in enumerate(actions):
-        if isinstance(action, Compute):
-            kind, stage, microbatch = action
-            key, meanwhile = (stage, microbatch), 0
-            if kind is Kind.FORWARD:
-                amount, handed = ledger.forward[stage], ledger.handed_forward[stage]
-            elif kind is Kind.BACKWARD_WEIGHT:
-                continue
-            else:
-                amount, handed = ledger.backward[stage], ledger.handed_backward[stage]
-                meanwhile = ledger.transient[stage]
-            for target, ranks, extra in handed:
-                if ranks[microbatch % len(ranks)] == rank:
-                    held[target, microbatch] = held.get((target, microbatch), 0) + extra
-                    total += extra
-                    if kind is not Kind.FORWARD:
-                        amount -= extra
-        elif isinstance(action, Receive):
-            route = action.route
-            key, meanwhile = (route.target, action.microbatch), 0
-            amount = ledger.payload_by_id.get(id(route), -1)
-            if amount < 0:
-                amount = ledger.payload_by_id[id(route)] = ledger.payload[route]  # the program keeps it alive
-        elif isinstance(action, Free):
-            total -= held.pop((action.stage, action.microbatch), 0)
-            continue
-        else:
-            continue
+
+    def add(key: tuple[int, int], amount: int) -> None:
+        nonlocal total
         held[key] = held.get(key, 0) + amount
         total += amount
-        if total + meanwhile > peak:
-            peak, position = total + meanwhile, index
+
+    for index, action in enumerate(actions):
+        before, meanwhile = total, 0
+        if isinstance(action, Compute):
+            kind, stage, microbatch = action
+            amounts = ledger.stages[stage]
+            meanwhile = amounts.peak(kind, first=(stage, _GRADIENTS) not in held)
+            add((stage, microbatch), amounts.end(kind))
+            if kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT) and (stage, _GRADIENTS) not in held:
+                add((stage, _GRADIENTS), ledger.learned[stage])
+            for target, ranks, amount in ledger.handed[kind][stage]:
+                if ranks[microbatch % len(ranks)] == rank:
+                    add((target, microbatch), amount)
+                    if kind is not Kind.FORWARD:
+                        add((stage, microbatch), -amount)
+        elif isinstance(action, Receive):
+            amount = meanwhile = _of_route(ledger.payload_by_id, ledger.payload, action.route)
+            add((action.route.target, action.microbatch), amount)
+            for _ in range(num_arrived.get(action.peer, 0), arrived_now := next(known)):
+                for tensor, amount in sent[action.peer].popleft():
+                    on_its_way[tensor] -= 1
+                    add((_SENT, action.peer), 0 if on_its_way[tensor] else -amount)
+            num_arrived[action.peer] = arrived_now
+        elif isinstance(action, Send):
+            message = [
+                ((name, action.microbatch), n) for name, n in _of_route(ledger.sent_by_id, ledger.sent, action.route)
+            ]
+            sent.setdefault(action.peer, deque()).append(message)
+            for tensor, amount in message:
+                add((_SENT, action.peer), 0 if on_its_way.get(tensor) else amount)
+                on_its_way[tensor] = on_its_way.get(tensor, 0) + 1
+        elif isinstance(action, Reduce | ReduceShared):
+            here = next(stage for stage in stages_of(action) if rank in ledger.placement[stage])
+            add((here, _REDUCTION), ledger.reduced.get(action, 0))
+        elif isinstance(action, Free):
+            total -= held.pop((action.stage, action.microbatch), 0)
+        elif isinstance(action, Step):
+            total -= held.pop((action.stage, _GRADIENTS), 0) + held.pop((action.stage, _REDUCTION), 0)
+        if max(total, before + meanwhile) > peak:
+            peak, position = max(total, before + meanwhile), index
     return peak, position, held
+
+
+def _in_parts(incoming: Sequence[Route]) -> list[str]:
+    """Tensors whose gradient comes in several parts."""
+    parts = Counter(part.partition("#")[0] for route in incoming for part in route.payload)
+    return [tensor for tensor, count in parts.items() if count > 1]
+
+
+_Amount = TypeVar("_Amount")
+
+
+def _of_route(by_id: dict[int, _Amount], by_route: Mapping[Route, _Amount], route: Route) -> _Amount:
+    """Hashing a route takes longer than all else; the program keeps it alive."""
+    amount = by_id.get(id(route))
+    if amount is None:
+        amount = by_id[id(route)] = by_route[route]
+    return amount
 
 
 def _static_bytes_by_rank(plan: Plan, wiring: Wiring) -> list[int]:
     result = [0] * wiring.num_ranks
+    inputs: list[set[str]] = [set() for _ in result]
+    given = {t.name for t in plan.costs.inputs}
     held = held_bytes(plan.costs, [stage.layers for stage in plan.stages])
     for stage, parameters in zip(plan.stages, held, strict=True):
+        layers = [plan.costs.layer_by_name[name] for name in stage.layers]
         amount = parameters.all
         if wiring.mode is Mode.TRAIN:
-            amount += parameters.trained + math.ceil(plan.optimizer_ratio * parameters.trained)
+            amount += math.ceil(plan.optimizer_ratio * parameters.trained)
         for rank in stage.devices:
             result[rank] += amount
-    return result
+            inputs[rank].update(t for layer in layers for t in layer.inputs if t in given)
+    sizes = plan.costs.tensor_by_name
+    return [
+        amount + plan.num_microbatches * sum(sizes[t].bytes for t in read)
+        for amount, read in zip(result, inputs, strict=True)
+    ]

@@ -24,7 +24,7 @@ from typing import Literal
 from pipeflow.errors import PlanError, VerificationError
 from pipeflow.execution_plan import Plan
 from pipeflow.lowering import lower
-from pipeflow.memory import Peak, held_at_peak, peak_by_rank
+from pipeflow.memory import Peak, peak_by_rank, peak_story
 from pipeflow.program import Mode, Program, Receive, Reduce, ReduceShared, Reduction, Send, Step, ranks_of, stages_of
 from pipeflow.rank_check import Messages, check_ranks
 from pipeflow.units import format_bytes
@@ -261,19 +261,9 @@ def _check_memory(plan: Plan, program: Program, wiring: Wiring, rank: int, peak:
     device = plan.cluster.devices[rank]
     if device.memory_bytes is None or peak.bytes <= device.memory_bytes:
         return
-    held: dict[int, list[tuple[int, int]]] = {}
-    for stage, microbatch, amount in held_at_peak(program, plan, wiring, rank, peak):
-        held.setdefault(stage, []).append((microbatch, amount))
     where = f"'{program.actions_by_rank[rank][peak.position]}'" if peak.position >= 0 else "the start"
     raise VerificationError(
         f"rank {rank} ({device.name}) needs {format_bytes(peak.bytes)} at {where} and has "
         f"{format_bytes(device.memory_bytes)}: {format_bytes(peak.bytes - device.memory_bytes)} too little",
-        (
-            f"parameters, gradients and optimizer state: {format_bytes(peak.static_bytes)}",
-            *(
-                f"stage {stage}, {len(of_stage)} micro-batches from {of_stage[0][0]} to {of_stage[-1][0]}: "
-                f"{format_bytes(sum(amount for _, amount in of_stage))}"
-                for stage, of_stage in held.items()
-            ),
-        ),
+        peak_story(program, plan, wiring, rank, peak),
     )

@@ -23,7 +23,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("execution_plan", "plan_problem", "plan_table", "plan_explanation"),
     ("wiring",),
     ("lowering",),
-    ("memory", "rank_check"),
+    ("arrivals", "stage_memory", "memory", "rank_check"),
     ("verifier",),
     ("timeline", "simulator"),
     ("planner",),

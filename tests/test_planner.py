@@ -157,8 +157,8 @@ def test_a_row_must_be_what_its_name_finds() -> None:
 
 
 def test_memory_decides_between_schedules() -> None:
-    """At 8 micro-batches GPipe's first stage holds 8, 1F1B's as many as there are stages."""
-    costs, tight = chain_costs(2), Cluster.uniform(2, memory_bytes=4000 + 2 * 300 + 200)
+    """At 8 micro-batches GPipe's first stage holds 8, 1F1B's as many as there are stages; both the batch."""
+    costs, tight = chain_costs(2), Cluster.uniform(2, memory_bytes=4000 + 2 * 300 + 200 + 8 * 100)
     made = plan(None, costs, tight, batch_size=8, num_microbatches=8, max_replicas=1, num_stages=2)
     assert made.schedule == "1f1b"
     with pytest.raises(Infeasible):

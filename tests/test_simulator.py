@@ -143,9 +143,9 @@ def test_a_program_that_cannot_end_is_refused_with_the_reason() -> None:
 def test_the_text_of_a_timeline() -> None:
     plan = hand_plan(chain_costs(3), ((0,), (1,), (2,)), 4)
     assert simulate(plan).text(width=58).splitlines()[1:] == [
-        "rank 0 |001122........aaaa33bbbb..cccc..dddd|  67% 4.9 KiB",
-        "rank 1 |..0011....aaaa22bbbb33cccc..dddd....|  67% 4.9 KiB",
-        "rank 2 |....00aaaa11bbbb22cccc33dddd........|  67% 4.4 KiB",
+        "rank 0 |001122........aaaa33bbbb..cccc..dddd|  67% 5.3 KiB",
+        "rank 1 |..0011....aaaa22bbbb33cccc..dddd....|  67% 5.1 KiB",
+        "rank 2 |....00aaaa11bbbb22cccc33dddd........|  67% 4.6 KiB",
     ]
 
 

@@ -117,10 +117,10 @@ class Binder:
             for route in self.messages.routes_to_rank(Direction.FORWARD, index, m, self.rank)
             for tensor in self.messages.needed(route)
         ]
-        keyed_layers = stage.keyed_layers
+        keyed_layers, train = stage.keyed_layers, self.train
         outgoing = self._outgoing(index, m)
-        roots = [root.slot for root in compiled.roots]
-        kept_slots = {*roots, *(slot for _, slot in compiled.loss_slots), *(s for _, s, needed in leaves if needed)}
+        roots = [*(root.slot for root in compiled.roots), *(slot for _, slot in compiled.loss_slots)]
+        kept_slots = {*roots, *(s for _, s, needed in leaves if needed)}
         done = [slot for slot in range(compiled.num_slots) if slot not in kept_slots] if self.train else []
 
         def forward() -> None:
@@ -143,7 +143,8 @@ class Binder:
             for target, name, slot in handover:
                 target.arrivals[m][name] = slots[slot]
             for table, name, slot in losses:
-                table[name][m] = slots[slot].detach()
+                # A copy: a reduced loss may lie in memory of the size of what it was reduced from.
+                table[name][m] = slots[slot].detach().clone()
             for name, slot in kept:
                 state.outputs.setdefault(name, {})[m] = slots[slot].detach()
             for reader, sent in outgoing:
@@ -151,8 +152,9 @@ class Binder:
             # From here on autograd holds what backward needs, and a send what it sends: nothing else stays.
             for slot in done:
                 slots[slot] = None
-            for slot in roots:
-                slots[slot] = _edge(slots[slot])
+            if train:
+                for slot in roots:
+                    slots[slot] = _edge(slots[slot])
 
         return self._recorded(forward, index, m)
 
@@ -201,7 +203,7 @@ class Binder:
                     tensors.append(slots[slot])
                     upstream.append(gradient)
             for name, slot in losses:
-                if slots[slot].requires_grad and factors[name][m]:
+                if slots[slot] is not None and factors[name][m]:
                     tensors.append(slots[slot])
                     upstream.append(seeds[name][m])
             if tensors:

@@ -35,7 +35,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
-from pipeflow.program import Direction, Placement, Receive, Route
+from pipeflow.program import Placement, Receive, Route
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
 from pipeflow.runtime.transport import Aborted, Payload
 
@@ -120,10 +120,18 @@ def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
 
 @dataclass
 class _Channel:
-    """What this rank will receive from one peer: posted receives and those not posted yet."""
+    """What this rank will receive from one peer, and what it knows to have arrived there.
+
+    Attributes:
+        posted, waiting: receives that are posted, and those that are not yet.
+        arrived: for each receive to come, how many messages to the peer have then arrived.
+        num_released: of these, how many are let go of.
+    """
 
     posted: deque[tuple[list[Any], list[Tensor] | None]] = field(default_factory=deque)
     waiting: deque[Receive] = field(default_factory=deque)
+    arrived: deque[int] = field(default_factory=deque)
+    num_released: int = 0
 
 
 @dataclass(slots=True)
@@ -222,14 +230,16 @@ class DistributedTransport:
             self._layouts[key] = (spec.shape_at(size, dict(lengths)), getattr(torch, spec.dtype))
         return self._layouts[key]
 
-    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
         self._cut = cut
         self._tag = cut.tag
         self._step += 1
         self._started = time.monotonic()
         self._channels = {}
-        for receive in receives:
-            self._channels.setdefault(receive.peer, _Channel()).waiting.append(receive)
+        for receive, count in zip(receives, arrived or [0] * len(receives), strict=True):
+            channel = self._channels.setdefault(receive.peer, _Channel())
+            channel.waiting.append(receive)
+            channel.arrived.append(count)
         for channel in self._channels.values():
             for _ in range(_POSTED_AHEAD):
                 self._post(channel)
@@ -279,7 +289,6 @@ class DistributedTransport:
 
     def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
         sent = self._sent.setdefault(peer, deque())
-        upstream = route.direction is Direction.BACKWARD
 
         def receive(microbatch: int) -> Payload:
             channel = self._channels[peer]
@@ -288,10 +297,10 @@ class DistributedTransport:
                 for work in works:
                     work.wait()
                 self._post(channel)
-                if upstream:
-                    # Who sends a gradient back has received the activation: that send is over.
-                    while sent and sent[0].route.direction is Direction.FORWARD and sent[0].microbatch <= microbatch:
-                        _wait(sent.popleft())
+                arrived = channel.arrived.popleft()
+                while channel.num_released < arrived:
+                    _wait(sent.popleft())
+                    channel.num_released += 1
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
             return tensors

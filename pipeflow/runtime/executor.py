@@ -41,6 +41,7 @@ class Executor:
         owned: the parameters of the stages whose first replica is here, by name.
         names: of all parameters of the model; all ranks judge them in this order.
         measure: record when each action starts and ends, in `spans`.
+        arrived: for each receive among the actions, how many messages to its peer have then arrived.
 
     Attributes:
         losses: each loss over the last batch; the same on every rank.
@@ -56,7 +57,9 @@ class Executor:
         owned: Mapping[str, nn.Parameter] | None = None,
         names: Sequence[str] = (),
         measure: bool = False,
+        arrived: Sequence[int] = (),
     ) -> None:
+        self._arrived = tuple(arrived)
         self.state: RankState = binder.state
         self.transport: Transport = binder.transport
         self.losses: Mapping[str, float] = {}
@@ -165,7 +168,7 @@ class Executor:
         position = -1
         try:
             self.state.begin(batch, share=share * loss_scale, draw=draw)
-            self.transport.begin(self._receives, batch.cut)
+            self.transport.begin(self._receives, batch.cut, self._arrived)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()
             self._wait_statistics()

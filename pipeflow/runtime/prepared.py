@@ -25,11 +25,13 @@ class Prepared:
         graph: the layers that run, with gradients where the phase trains.
         programs: for training and for inference.
         flows: of all tensors between the layers that run.
+        peak_bytes_by_rank: that training holds at most, as was proved.
     """
 
     graph: LayerGraph
     programs: Mapping[Mode, Program]
     flows: Mapping[str, Flow]
+    peak_bytes_by_rank: tuple[int, ...]
 
 
 def prepare(graph: LayerGraph, plan: Plan) -> Mapping[str | None, Prepared]:
@@ -60,9 +62,11 @@ def in_types(prepared: Mapping[str | None, Prepared], numerics: Numerics) -> Map
 
 
 def _prepare(graph: LayerGraph, plan: Plan) -> Prepared:
-    verify(plan)
+    proof = verify(plan)
     programs = {mode: lower(plan, mode=mode) for mode in Mode}
-    return Prepared(graph, programs, flows(plan.costs, [stage.layers for stage in plan.stages]))
+    return Prepared(
+        graph, programs, flows(plan.costs, [stage.layers for stage in plan.stages]), proof.peak_bytes_by_rank
+    )
 
 
 def _check_match(graph: LayerGraph, plan: Plan) -> None:

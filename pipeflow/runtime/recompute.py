@@ -30,6 +30,9 @@ from pipeflow.flows import Flow
 from pipeflow.graphs.layer import Layer
 from pipeflow.runtime.stage import CompiledStage, LayerCall, Slots
 
+_RAISED_IN = "_pipeflow_raised_in"
+"""Under this name an error carries the recomputed layer that raised it."""
+
 
 class Segment:
     """A run of recomputed layers as one call over the stage's slots.
@@ -58,7 +61,6 @@ class Segment:
             (c, tuple(s for s, at in last.items() if at == position and s not in outputs), _buffers(c.layer, modules))
             for position, c in enumerate(calls)
         ]
-        self._failure: tuple[BaseException, Layer] | None = None
 
     def __call__(self, slots: Slots) -> None:
         first = _Buffers()
@@ -81,7 +83,8 @@ class Segment:
                 with buffers.lent(position, places) if places else nullcontext():
                     call.run(own)
             except Exception as error:
-                self._failure = (error, call.layer)
+                # Not kept here: with the error, all that its frames hold would stay.
+                error.__dict__.setdefault(_RAISED_IN, call.layer.name)
                 raise
             for slot in dropped:
                 own[slot] = None
@@ -90,9 +93,8 @@ class Segment:
 
     def failed_layer(self, error: BaseException) -> str | None:
         """The layer of the run that raised the error, in either forward."""
-        if self._failure is None or self._failure[0] is not error:
-            return None
-        return self._failure[1].name
+        name: str | None = error.__dict__.get(_RAISED_IN)
+        return name if name in self.layers else None
 
 
 class _Buffers:

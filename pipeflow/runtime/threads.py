@@ -7,6 +7,7 @@ which the ranks share.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
@@ -41,6 +42,7 @@ class _Sum:
             for p in parts[1:]:
                 total += p.to(total.device)
             self._total = total
+            self._parts.clear()
             self._done.set()
 
     def abort(self) -> None:
@@ -109,15 +111,29 @@ class Exchange:
 
 
 class ThreadTransport:
-    """One rank's end of an `Exchange`."""
+    """One rank's end of an `Exchange`.
 
-    def __init__(self, exchange: Exchange, rank: int, device: torch.device) -> None:
+    Args:
+        copies: whether ranks hold what they would as processes of their own: a copy of what they
+            receive, and what they send until they know that it has arrived. Otherwise those on one
+            device share what is sent.
+    """
+
+    def __init__(self, exchange: Exchange, rank: int, device: torch.device, *, copies: bool = False) -> None:
+        self._copies = copies
+        self._sent: dict[int, deque[Payload]] = {}
+        self._arrived: dict[int, deque[int]] = {}
+        self._num_released: dict[int, int] = {}
         self._exchange = exchange
         self._rank = rank
         self._device = device
 
-    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
-        pass
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
+        if self._copies:
+            self._arrived = {}
+            for receive, count in zip(receives, arrived, strict=True):
+                self._arrived.setdefault(receive.peer, deque()).append(count)
+            self._num_released = dict.fromkeys(self._arrived, 0)
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         put = self._exchange.channel(self._rank, peer).put
@@ -125,7 +141,15 @@ class ThreadTransport:
         def send(microbatch: int, payload: Payload) -> None:
             put(payload)
 
-        return send
+        if not self._copies:
+            return send
+        sent = self._sent.setdefault(peer, deque())
+
+        def send_and_keep(microbatch: int, payload: Payload) -> None:
+            sent.append(payload)
+            put(payload)
+
+        return send_and_keep
 
     def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
         channel = self._exchange.channel(peer, self._rank)
@@ -140,7 +164,19 @@ class ThreadTransport:
                 return [t.to(device, non_blocking=True) for t in payload]  # type: ignore[attr-defined]
             return payload  # type: ignore[return-value]
 
-        return receive
+        if not self._copies:
+            return receive
+        sent = self._sent.setdefault(peer, deque())
+
+        def receive_a_copy(microbatch: int) -> Payload:
+            payload = receive(microbatch)
+            arrived = self._arrived[peer].popleft()
+            while self._num_released[peer] < arrived:
+                sent.popleft()
+                self._num_released[peer] += 1
+            return None if payload is None else [t.clone() for t in payload]
+
+        return receive_a_copy
 
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
         replicas = self._exchange.placement[stage]
@@ -159,4 +195,5 @@ class ThreadTransport:
         return lambda: running.wait(torch.device("cpu"))
 
     def end(self) -> None:
-        pass
+        for sent in self._sent.values():
+            sent.clear()

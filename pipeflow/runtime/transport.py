@@ -26,8 +26,15 @@ class Aborted(Exception):
 class Transport(Protocol):
     """One rank's end of the communication."""
 
-    def begin(self, receives: Sequence[Receive], cut: Cut) -> None:
-        """A step starts: what this rank will receive, in order, and how large the micro-batches are."""
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
+        """A step starts.
+
+        Args:
+            receives: what this rank will receive, in order.
+            cut: how large the micro-batches are.
+            arrived: for each receive, how many of the messages to its peer have then arrived
+                (`pipeflow.arrivals`); empty where that is not known before the end.
+        """
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         """A function that posts (micro-batch, payload) to `peer`. It never waits for the peer."""

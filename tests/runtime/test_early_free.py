@@ -25,7 +25,7 @@ from pipeflow.testing import unit_costs
 class Network:
     """A transport that forgets what it sends, and receives ones."""
 
-    def begin(self, receives: Sequence[Receive], cut: Cut) -> None: ...
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None: ...
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         def send(microbatch: int, payload: Payload) -> None:

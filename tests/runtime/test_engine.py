@@ -173,9 +173,11 @@ def test_measured_tells_seconds_by_stage() -> None:
     with pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd, measure=True) as engine:
         with pytest.raises(EngineError, match="no step was measured"):
             engine.measured()
-        engine.step(forked_batch(8))
-        engine.step(forked_batch(8))
+        for _ in range(3):
+            engine.step(forked_batch(8))
         measured = engine.measured()
-    assert measured.num_steps == 2
+    assert measured.num_steps == 2  # in one of the three bytes were counted instead
+    assert all(peak > 0 for peak in measured.peak_bytes_by_rank)
+    assert len(measured.peak_bytes_by_rank) == len(measured.predicted_bytes_by_rank) == 3
     assert all(s > 0 for s in (*measured.forward_seconds, *measured.backward_seconds))
     assert measured.iteration_seconds > max(measured.forward_seconds)
