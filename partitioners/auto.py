@@ -24,6 +24,7 @@ from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.placement import place
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
 
@@ -135,7 +136,7 @@ def _improved(
     if stages is None:
         assert failure is not None, "no partition and no reason"
         raise failure
-    return certified(problem, stages, partitioner=f"auto: {name}", lower_bound=bound)
+    return certified(problem, place(problem, stages), partitioner=f"auto: {name}", lower_bound=bound)
 
 
 def _exact_steps(problem: PartitionProblem, use_solver: bool) -> tuple[str, ...]:

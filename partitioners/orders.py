@@ -22,6 +22,7 @@ from pipeflow.partitioners.feasibility import no_cut_fits, require_feasible
 from pipeflow.partitioners.linear import LinearCut, cut_order
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.placement import place
 from pipeflow.partitioners.problem import PartitionProblem
 
 _CLOSED = 1 - 1e-9
@@ -38,7 +39,7 @@ def orders(problem: PartitionProblem) -> Partition:
     stages = best_of_orders(problem, rounds=num_rounds(problem))
     if stages is None:
         raise no_cut_fits(problem, closest(problem, bound), "cut of many orders")
-    return certified(problem, stages, partitioner="orders", lower_bound=bound)
+    return certified(problem, place(problem, stages), partitioner="orders", lower_bound=bound)
 
 
 def num_rounds(problem: PartitionProblem) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pipeflow.errors import Infeasible, PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import GraphCosts, total_seconds
 from pipeflow.graphs.sharing import share
+from pipeflow.iteration_search import PlanObjective, Rank, shorten
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.infeasible import explained
@@ -33,6 +34,9 @@ Partitioner = Callable[[PartitionProblem], Partition]
 
 _MOST_MICROBATCHES = 64
 """More are only used when asked for."""
+
+_MOST_STARTS = 3
+"""Plans next to which shorter ones are looked for."""
 
 _WORK = 200_000
 """Layers times devices, summed over the partitions that one search makes: seconds, not minutes."""
@@ -54,6 +58,7 @@ def plan(
     overlap: bool = False,
     recompute: RecomputeChoice = "never",
     pins: Pins | None = None,
+    objective: PlanObjective = "bottleneck",
     shared: Literal["together", "copies"] = "together",
 ) -> Plan:
     """The plan with the shortest simulated iteration of all that are tried, verified.
@@ -79,6 +84,9 @@ def plan(
             "always", "fit" (on each stage those that cost the least time among what makes it fit its
             devices, none where it fits), or names of layers, `*` and `?` allowed.
         pins: layers that must be somewhere, together or apart.
+        objective: "bottleneck" takes the partitioner's cuts as they are; "iteration" also tries
+            partitions next to the best of them, by the simulated time of an iteration, which fewer
+            micro-batches make differ more from the bottleneck.
         shared: whether layers that share parameters are kept on one stage ("together"), or may be
             apart, each stage with a copy ("copies").
 
@@ -109,6 +117,8 @@ def plan(
         transfers="overlapped" if overlap else "added",
         pins=pins or Pins(),
     )
+    if objective not in get_args(PlanObjective):
+        raise PlanError(f"objective={objective!r}; give 'bottleneck' or 'iteration'")
     search = _Search(
         problem=problem,
         graph_digest="" if graph is None else graph.digest,
@@ -116,6 +126,7 @@ def plan(
         partition=_resolve_partitioner(partitioner),
         schedules=_resolve_schedules(schedule),
         recompute=resolve_recompute(recompute, costs),
+        objective=objective,
     )
     best = search.run([num_microbatches] if num_microbatches else _candidates(batch_size))
     verify(best)
@@ -170,7 +181,7 @@ class _Tried:
     """A plan, and how it ranks: seconds to nine digits, devices, micro-batches, bytes."""
 
     plan: Plan
-    rank: tuple[float, int, int, int]
+    rank: Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +194,11 @@ class _Search:
     partition: Partitioner
     schedules: tuple[Schedule, ...]
     recompute: Recompute
+    objective: PlanObjective
 
     def run(self, counts: Sequence[int]) -> Plan:
         """The best plan over all numbers of micro-batches, schedules and limits of stages."""
+        found: list[_Tried] = []
         best: _Tried | None = None
         refused: list[tuple[int, str, Infeasible]] = []
         bounds: dict[tuple[int, str], float] = {}
@@ -202,6 +215,7 @@ class _Search:
             except Infeasible as error:
                 refused.append((problem.num_microbatches, schedules[0].name, error))
                 continue
+            found.append(tried)
             if best is None or tried.rank < best.rank:
                 best = tried
         if best is None:
@@ -209,7 +223,23 @@ class _Search:
                 raise _joined(refused)  # the rules would be those of stages that recompute nothing
             smallest, _ = max(problems, key=lambda pair: pair[0].num_microbatches)
             raise explained(smallest, _joined(refused))
-        return best.plan
+        return best.plan if self.objective == "bottleneck" else self._shortened(found)
+
+    def _shortened(self, found: Sequence[_Tried]) -> Plan:
+        """The best plan next to those that were found, beginning with the best few."""
+        distinct = {(t.plan.stages, t.plan.schedule, t.plan.num_microbatches): t for t in reversed(found)}
+        starts = sorted(distinct.values(), key=lambda tried: tried.rank)[:_MOST_STARTS]
+
+        def problem_of(plan: Plan) -> PartitionProblem:
+            in_flight = resolve_schedule(plan.schedule).in_flight
+            return replace(self.problem, costs=plan.costs, num_microbatches=plan.num_microbatches, in_flight=in_flight)
+
+        def price(plan: Plan) -> Rank | None:
+            rank, over = self._rank(plan)
+            return None if over else rank
+
+        shorter = [shorten(t.plan, t.rank, problem_of(t.plan), price) for t in starts]
+        return min(shorter, key=lambda pair: pair[1])[0]
 
     def _affordable(self, counts: Sequence[int]) -> list[int]:
         """As many of the counts as a large problem leaves time for, spread evenly, the largest included."""
@@ -289,14 +319,19 @@ class _Search:
             optimizer_ratio=problem.optimizer_ratio,
             pins=problem.pins,
         )
+        rank, over = self._rank(candidate)
+        return _Tried(candidate, rank), over
+
+    def _rank(self, candidate: Plan) -> tuple[Rank, int]:
+        """How a plan compares, and how many bytes some device lacks."""
         timeline = simulate(candidate)
         over = max(
             peak - device.memory_bytes if device.memory_bytes is not None else 0
             for peak, device in zip(timeline.peak_bytes_by_rank, self.problem.cluster.devices, strict=False)
         )
         seconds = float(f"{timeline.makespan:.9g}")
-        rank = (seconds, partition.num_devices, problem.num_microbatches, max(timeline.peak_bytes_by_rank))
-        return _Tried(candidate, rank), max(0, over)
+        num_devices = len({device for stage in candidate.stages for device in stage.devices})
+        return (seconds, num_devices, candidate.num_microbatches, max(timeline.peak_bytes_by_rank)), max(0, over)
 
 
 def _with_less_memory(cluster: Cluster, amount: int) -> Cluster:

@@ -26,7 +26,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("arrivals", "stage_memory", "memory", "rank_check"),
     ("verifier",),
     ("timeline", "simulator"),
-    ("planner",),
+    ("planner", "iteration_search"),
     ("runtime",),
     ("engine",),
     ("recipe",),

@@ -65,6 +65,11 @@ _OPTIONS = (
         "--replicas", type=parse_counts, metavar="N,N,...", help="Replicas of each stage in turn, for example 2,1."
     ),
     click.option("--partitioner", help=f"One of {', '.join(PARTITIONERS)}."),
+    click.option(
+        "--objective",
+        type=click.Choice(["bottleneck", "iteration"]),
+        help="iteration also tries plans next to the partitioner's, by simulated time.",
+    ),
     click.option("--schedule", help=f"auto, one of {', '.join(SCHEDULES)}, or module:function."),
     click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeflow.execution_plan import Plan
     from pipeflow.graphs.costs import GraphCosts
     from pipeflow.graphs.layer_graph import LayerGraph
+    from pipeflow.iteration_search import PlanObjective
     from pipeflow.partitioners.cluster import Cluster
     from pipeflow.partitioners.pins import Pins
     from pipeflow.recipe import Recipe
@@ -42,6 +43,7 @@ class Request:
     schedule: str | None
     profile_cache: str | None
     pins: Pins | None = None
+    objective: PlanObjective | None = None
 
     def given(self) -> list[str]:
         """The names of what was asked for."""
@@ -158,6 +160,7 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
         replicas=request.replicas or (layout.replicas if layout else None),
         num_microbatches=microbatches,
         pins=request.pins,
+        objective=request.objective or "bottleneck",
     )
 
 
