@@ -2,8 +2,9 @@
 
     make bench-partition          or: python -m benchmarks.partition [--data ../shared/data]
 
-Every objective is recomputed by the data's own judge. Writes benchmarks/results/partition.md and
-.json. The data are published workloads and no part of pipeflow; without them this says so and ends.
+Every objective is recomputed by the data's own judge, or by `benchmarks.judges`. Writes
+benchmarks/results/partition.md and .json. The data are published workloads and no part of pipeflow;
+without them this says so and ends.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.partition_published import pipedream_table, piper_table, run_pipedream, run_piper
 from benchmarks.partition_rules import RULES
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
-from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.dnn_partitioning import read
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.auto import search
 from pipeflow.partitioners.certify import stages_of
-from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
@@ -217,75 +217,6 @@ def chunks_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run_pipedream(data: Path) -> list[dict[str, Any]]:
-    """PipeDream's profiles under its own cost, without transfers, on one level of machines.
-
-    A stage on r replicas takes (compute + 4 (r - 1) parameter bytes / (bandwidth r)) / r: gradients
-    reduced after every micro-batch, over half the bandwidth.
-    """
-    root, rows, seen = data / "pipedream", [], set()
-    for entry in json.loads((root / "bottlenecks.json").read_text()):
-        options, count = tuple(entry["options"]), entry["machines"][0]
-        key = (entry["model"], count, options)
-        if len(entry["machines"]) > 1 or options not in ((), ("--straight_pipeline",)) or key in seen:
-            continue
-        seen.add(key)
-        problem = pipedream_problem(root / f"{entry['model']}.graph.txt", count, entry["bandwidth_Bps"][0])
-        rows.append(
-            pipedream_row(entry["model"], replace(problem, max_replicas=1 if options else None))
-            | {"published": entry["bottleneck_stage_s"]}
-        )
-    for model in ("inception_v3", "nasnetamobile"):
-        for count in (4, 8, 16):
-            problem = pipedream_problem(root / f"{model}.graph.txt", count, 1e10)
-            for most in (1, None):
-                rows.append(pipedream_row(model, replace(problem, max_replicas=most)) | {"published": None})
-    return rows
-
-
-def pipedream_problem(path: Path, count: int, bandwidth: float) -> PartitionProblem:
-    data = FORMATS["pipedream"](path).costs.model_dump()
-    for layer in data["layers"]:
-        for tensor in layer["outputs"]:
-            tensor.update(bytes=0, gradient_bytes=0)
-    return PartitionProblem(
-        costs=GraphCosts.model_validate(data),
-        cluster=Cluster.uniform(count, bandwidth=bandwidth / 2),
-        num_microbatches=720_720,  # divided by every number up to 16, so that shares are even
-        reduce_every="microbatch",
-    )
-
-
-def pipedream_row(model: str, problem: PartitionProblem) -> dict[str, Any]:
-    begin = time.perf_counter()
-    found = PARTITIONERS["auto"](problem)
-    seconds = time.perf_counter() - begin
-    print(f"{model:40} {problem.cluster.num_devices} {seconds:.1f} s", file=sys.stderr, flush=True)
-    return {
-        "model": model,
-        "devices": problem.cluster.num_devices,
-        "one replica": problem.max_replicas == 1,
-        "bottleneck": found.certificate.objective,
-        "gap": found.certificate.gap,
-        "replicas": [stage.num_replicas for stage in found.stages],
-        "seconds": seconds,
-    }
-
-
-def pipedream_table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| profile | devices | replicas allowed | published, s | ours, s | ours / published | gap | s |",
-        "|---|--:|:-:|--:|--:|--:|--:|--:|",
-    ]
-    for r in rows:
-        ratio = f"{r['bottleneck'] / r['published']:.9f}" if r["published"] else ""
-        lines.append(
-            f"| {r['model']} | {r['devices']} | {'no' if r['one replica'] else 'yes'} | {r['published'] or ''} "
-            f"| {r['bottleneck']:.9f} | {ratio} | {r['gap']:.1e} | {r['seconds']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
 def random_costs(source: GraphCosts, count: int, *, seed: int = 0) -> GraphCosts:
     """A random DAG whose layers have the costs and numbers of inputs of the source's layers."""
     draw = random.Random(seed)
@@ -350,7 +281,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], list[dict[str, Any]]], Callable[
         lambda rows: summary(rows) + "\n\n" + table(rows),
     ),
     "rules": ("the rules in use, on the same workloads", run_rules, rules_table),
-    "pipedream": ("PipeDream's profiles, its cost without transfers", run_pipedream, pipedream_table),
+    "pipedream": ("PipeDream's profiles under its own cost", run_pipedream, pipedream_table),
+    "piper": ("Piper's bert32a100 under its own cost, 25 GiB/s", run_piper, piper_table),
     "scale": ("random DAGs on 64 devices", run_scale, scale_table),
     "chunks": ("dnn-partitioning, two chunks on each device", run_chunks, chunks_table),
 }
@@ -370,7 +302,7 @@ def main() -> None:
     header = [
         "# Partitioning, measured",
         f"`make bench-partition`, Python {platform.python_version()} on {platform.machine()}. "
-        "Objectives in ms, each recomputed by the judge that comes with the data.",
+        "Objectives in ms where no unit is named, each recomputed by the data's own judge or by `benchmarks.judges`.",
     ]
     for name, (_, measure, _) in SECTIONS.items():
         if arguments.only in (None, name):

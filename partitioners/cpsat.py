@@ -45,7 +45,7 @@ def supports(problem: PartitionProblem) -> str | None:
         return "devices or links differ"
     if problem.transfers not in ("added", "free"):
         return f"transfers are {problem.transfers}"
-    if problem.weight_versions is not one_version:
+    if problem.weight_versions is not one_version and min(memory_limits(problem)) < math.inf:
         return "weights are stashed"
     if problem.chunks > 1 and (problem.stage_count or problem.max_stages or _holds_activations(problem)):
         return "several chunks on a device, with a number of stages or limits on activations"

@@ -19,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeflow.errors import PlanError
+from pipeflow.partitioners import ideals
 from pipeflow.partitioners.atoms import Floats
 from pipeflow.partitioners.bounds import work_bound
 from pipeflow.partitioners.certify import certified, stages_of
+from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.feasibility import require_feasible
 from pipeflow.partitioners.ideal_sets import sets_of_ideals
 from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.nesting import NestedLevel, nested_levels
 from pipeflow.partitioners.objective import compute_seconds, reduction_volume
+from pipeflow.partitioners.orders import best_of_orders
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
 
@@ -51,8 +54,24 @@ def nested(problem: PartitionProblem) -> Partition:
     combinations = sum(level.num_groups**2 / 2 for level in nested_levels(problem.cluster))
     sets = list(sets_of_ideals(problem, _MOST_IDEALS, int(_WORK / combinations)))
     best = min((_Programme(problem, masks) for masks, _ in sets), key=lambda programme: programme.seconds)
-    bound = best.seconds * _EXACT if sets[0].is_all else max(work_bound(problem), _atom_bound(problem))
+    bound = best.seconds * _EXACT if sets[0].is_all else _bound(problem)
     return certified(problem, stages_of(problem, best.cut()), partitioner="nested", lower_bound=bound)
+
+
+def _bound(problem: PartitionProblem) -> float:
+    """What no nested cut can beat: the best flat one, nothing moved, over links as fast as any level's.
+
+    A stage on q of r groups' devices each reduces at least what q * r replicas do over one such link:
+    with more than one level at work, each adds more than a reduction over one link can cost.
+    """
+    bound = max(work_bound(problem), _atom_bound(problem))
+    fastest = max(level.bandwidth * level.num_inside for level in nested_levels(problem.cluster))
+    links = Cluster.uniform(
+        problem.cluster.num_devices, problem.cluster.devices[0], bandwidth=None if fastest == math.inf else fastest
+    )
+    relaxed = replace(problem, nested=False, cluster=links, transfers="free")
+    found = ideals.improve(relaxed, best_of_orders(relaxed, rounds=4), bound)
+    return bound if found is None else max(bound, found[1])
 
 
 def _atom_bound(problem: PartitionProblem) -> float:

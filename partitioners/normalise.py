@@ -42,7 +42,7 @@ def _applies(problem: PartitionProblem) -> bool:
         problem.replica_limit == 1
         and problem.stage_count is None
         and problem.cluster.is_uniform
-        and problem.transfers == "added"
+        and problem.transfers in ("added", "free")
         and not problem.cluster.devices[0].speed_by_kind
         and not problem.pinned.stages
         and problem.pinned.max_layers is None
