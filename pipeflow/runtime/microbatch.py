@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeflow.errors import BatchError
+from pipeflow.errors import BatchError, ShapeError
 from pipeflow.graphs.batch import Extent, measure_batch
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
@@ -158,7 +158,13 @@ class BatchReader:
                 "if its data is not read here"
             )
         known = {name: size for name, size in extent.lengths.items() if name in self._lengths}
-        return tuple(sorted((graph.sizes_at(known) if extent.samples else known).items()))
+        try:
+            return tuple(sorted((graph.sizes_at(known) if extent.samples else known).items()))
+        except ShapeError as error:
+            sizes = ", ".join(f"{name} {size}" for name, size in known.items())
+            raise BatchError(
+                f"the graph does not take a batch of {sizes}; say what it takes by pf.Length: {error}"
+            ) from error
 
 
 def _signature(batch: Any) -> Any:

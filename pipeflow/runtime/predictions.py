@@ -86,22 +86,17 @@ def arrange_outputs(
     if isinstance(microbatches.given, Mapping):
         present = {name: [p for p in parts if p is not None] for name, parts in parts_by_name.items()}
         return {name: torch.cat([p.to(parts[0].device) for p in parts]) for name, parts in present.items()}
-    return [
-        {
-            name: _empty(graph, name, microbatches.cut.lengths[m]) if parts[m] is None else _present(parts[m])
-            for name, parts in parts_by_name.items()
-        }
-        for m in range(len(microbatches.given))
-    ]
+    arranged: list[dict[str, Tensor]] = [{} for _ in microbatches.given]
+    for name, parts in parts_by_name.items():
+        device = next(part.device for part in parts if part is not None)
+        for m, outputs in enumerate(arranged):
+            part = parts[m]
+            outputs[name] = _empty(graph, name, microbatches.cut.lengths[m], device) if part is None else part
+    return arranged
 
 
-def _present(part: Tensor | None) -> Tensor:
-    assert part is not None
-    return part
-
-
-def _empty(graph: LayerGraph, name: str, lengths: LengthPairs) -> Tensor:
+def _empty(graph: LayerGraph, name: str, lengths: LengthPairs, device: torch.device) -> Tensor:
     """What a micro-batch without samples gives; lengths that layers would have made of it are 0."""
     spec = graph.specs[name]
     sizes = {**dict.fromkeys(spec.lengths, 0), **dict(lengths)}
-    return torch.empty(spec.shape_at(0, sizes), dtype=getattr(torch, spec.dtype))
+    return torch.empty(spec.shape_at(0, sizes), dtype=getattr(torch, spec.dtype), device=device)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from pipeflow.testing.made_up_costs import unit_costs
     from pipeflow.testing.partitioners import check_partitioner
     from pipeflow.testing.partitions import check_partition
+    from pipeflow.testing.prediction_law import check_predictions
     from pipeflow.testing.processes import RankResult, run_ranks
 
 _HOME = {
     "RankResult": "processes",
     "batches": "graphs",
     "check_layout_invariance": "layout",
+    "check_predictions": "prediction_law",
     "check_partition": "partitions",
     "check_partitioner": "partitioners",
     "check_program": "drawn_plans",
@@ -47,6 +49,7 @@ __all__ = [
     "check_layout_invariance",
     "check_partition",
     "check_partitioner",
+    "check_predictions",
     "check_program",
     "clusters",
     "costs",

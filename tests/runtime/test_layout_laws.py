@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipeflow.testing import (
     check_layout_invariance,
+    check_predictions,
     layer_graphs,
     plans,
     sequence_graphs,
@@ -55,3 +56,12 @@ def test_sequences_of_any_length(data: st.DataObject) -> None:
     plan = data.draw(plans(unit_costs(graph), max_ranks=5, max_replicas=max_replicas, graph_digest=graph.digest))
     options = data.draw(training_options(graph))
     check_layout_invariance(graph, plan, data.draw(training_batches(graph, plan.num_microbatches)), options=options)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_predictions_are_those_of_one_device_in_the_order_of_the_batch(data: st.DataObject) -> None:
+    graph = data.draw(st.one_of(layer_graphs(allow_shared=True, allow_buffers=True), sequence_graphs()))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=5, max_replicas=3, graph_digest=graph.digest))
+    batches = data.draw(training_batches(graph, plan.num_microbatches))
+    check_predictions(graph, plan, batches)

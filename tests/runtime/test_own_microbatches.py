@@ -322,8 +322,21 @@ def test_a_derived_length_crosses_between_stages() -> None:
 
 
 def audio_ranks(rank: int) -> None:
-    test_plan = make_plan(audio_model(), AUDIO_STAGES)
-    check_layout_invariance(audio_model(), test_plan, [audio_batch(5, t) for t in (9, 10, 31)])
+    graph = audio_model()
+    check_layout_invariance(graph, make_plan(graph, AUDIO_STAGES), [audio_batch(5, t) for t in (9, 10, 31)])
+
+
+def test_a_length_that_layers_do_not_take_is_refused_before_anything_runs() -> None:
+    graph = pf.LayerGraph("narrow")
+    x = graph.input("x", ("B", 3, "time"))
+    conv = graph.add("conv", pf.lazy(nn.Conv1d, 3, 4, 5, stride=2), x)
+    graph.loss("loss", torch.mean, conv)
+    with pf.Engine(graph, make_plan(graph, [(["conv", "loss"], (0,))]), sgd) as engine:
+        with pytest.raises(
+            BatchError, match=r"does not take a batch of time 3; say what it takes by pf.Length: layer 'conv'"
+        ):
+            engine.step({"x": torch.zeros(2, 3, 3)})
+        engine.step({"x": torch.zeros(2, 3, 5)})
 
 
 AUDIO_STAGES: Any = [(["first"], (0,)), (["second", "pool", "head", "loss"], (1,))]
