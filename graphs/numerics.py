@@ -66,11 +66,18 @@ class Numerics:
         if self.parameters is None:
             return module
         dtype = getattr(torch, self.parameters)
-        if any(t.is_floating_point() for t in (*module.parameters(), *module.buffers())):
+        if _has_floats(module):
             module.register_forward_pre_hook(lambda _, args, kwargs: _to((args, kwargs), dtype), with_kwargs=True)
         return _replaced(
             module, lambda tensor: tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor, memo
         )
+
+    def decoding(self, module: nn.Module, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """A module's `decode`, given its inputs as its forward is; the state is its own matter."""
+        if self.parameters is None or not _has_floats(module):
+            return decode
+        dtype = getattr(torch, self.parameters)
+        return lambda state, *args, **kwargs: decode(state, *_to(args, dtype), **_to(kwargs, dtype))
 
     def as_run(self, module: nn.Module) -> nn.Module:
         """The module itself, cast and on the device."""
@@ -93,6 +100,10 @@ def _replaced(
         for name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, name, replaced.setdefault(id(buffer), convert(buffer)))
     return module
+
+
+def _has_floats(module: nn.Module) -> bool:
+    return any(t.is_floating_point() for t in (*module.parameters(), *module.buffers()))
 
 
 def _to(structure: Any, dtype: torch.dtype) -> Any:

@@ -59,7 +59,8 @@ def decoding_callables(graph: LayerGraph, replica: StageReplica) -> Callables:
     for name in replica.layers:
         if graph.layers[name].decoding.keeps_state:
             decode: Callable[..., Any] = replica.modules[name].decode  # type: ignore[assignment]  # as declared
-            stateful, plain = StatefulLayer(decode), functions[name]
+            numerics = replica.precision.numerics(replica.device.type)
+            stateful, plain = StatefulLayer(numerics.decoding(replica.modules[name], decode)), functions[name]
             functions[name] = stateful
             keyed.append(stateful)
             if isinstance(plain, RandomLayer):

@@ -66,6 +66,7 @@ class StageReplica:
     ) -> None:
         self._graph = graph
         self.layers = tuple(layers)
+        self.device = device
         self.precision = precision or Precision()
         self.modules: dict[str, nn.Module] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
@@ -81,15 +82,15 @@ class StageReplica:
         self.parameters = self._named(nn.Module.named_parameters)
         self.copied: frozenset[str] = frozenset()
         self.borrowed: frozenset[str] = frozenset()
-        self.masters = self._make_masters(graph, device) if self.precision.parameters else None
+        self.masters = self._make_masters(graph) if self.precision.parameters else None
         self.training_by_phase: dict[str | None, Training] = {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
         self._phase: str | None = None
 
-    def _make_masters(self, graph: LayerGraph, device: torch.device) -> Masters:
+    def _make_masters(self, graph: LayerGraph) -> Masters:
         """Casts what the layers compute with; what is trained and saved stays as it was."""
-        numerics, memo = self.precision.numerics(device.type), dict[int, Tensor]()
+        numerics, memo = self.precision.numerics(self.device.type), dict[int, Tensor]()
         for module in self.modules.values():
             numerics.cast(module, memo)
         buffers = self._named(_persistent_buffers)

@@ -20,7 +20,7 @@ from pipeflow.runtime.transport import Payload
 from pipeflow.testing import check_layout_invariance, layer_graphs, plans, run_ranks, unit_costs
 from pipeflow.testing.drawn_options import precisions
 from pipeflow.testing.graphs import sample_batch
-from tests.runtime.models import THREE_STAGES, Stages, forked_batch, forked_graph, make_plan, sgd
+from tests.runtime.models import THREE_STAGES, Stages, forked_batch, forked_graph, make_plan, mean_square, sgd
 
 LAYOUTS: dict[str, Stages] = {
     "single": THREE_STAGES,
@@ -83,7 +83,7 @@ def test_every_layout_of_processes_does_as_one_device() -> None:
 @settings(max_examples=60)
 def test_half_types_are_bitwise_the_reference(data: st.DataObject) -> None:
     graph = data.draw(layer_graphs(allow_random=True, allow_shared=True, allow_buffers=True))
-    plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, graph_digest=graph.digest))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=4, max_replicas=1, copies=False, graph_digest=graph.digest))
     sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
     batches = [sample_batch(graph, size, seed=i) for i, size in enumerate(sizes)]
     options = {"precision": data.draw(precisions(graph))}
@@ -95,7 +95,7 @@ def test_half_types_are_bitwise_the_reference(data: st.DataObject) -> None:
 def test_replicas_of_half_types_differ_by_roundings_of_one_sum(data: st.DataObject) -> None:
     """After one step from the same weights; the tolerance is that of docs/precision.md."""
     graph = data.draw(layer_graphs(allow_random=True, allow_shared=True))
-    plan = data.draw(plans(unit_costs(graph), max_ranks=6, max_replicas=3, graph_digest=graph.digest))
+    plan = data.draw(plans(unit_costs(graph), max_ranks=6, max_replicas=3, copies=False, graph_digest=graph.digest))
     precision = data.draw(precisions(graph))
     rounded = "bfloat16" if precision.accumulate == "parameters" else precision.reduce or "float32"
     tolerance = 10 * torch.finfo(getattr(torch, rounded)).eps
@@ -204,6 +204,40 @@ def test_a_graph_is_described_in_its_own_types_whatever_is_around() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = forked_graph()
     assert inside.specs == forked_graph().specs
+
+
+class Total(nn.Module):
+    """A learned running total over the steps; reads whatever type it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(None, x)[0]
+
+    def decode(self, state: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = self.mix(x).cumsum(1) if state is None else self.mix(x).cumsum(1) + state
+        return total, total[:, -1:]
+
+
+@pytest.mark.parametrize("precision", ["bf16 autocast", "bf16 parameters"])
+def test_sequences_are_decoded_in_half_types(precision: str) -> None:
+    """Its inputs come straight from the batch, in float32, and `decode` is called beside `forward`."""
+    graph, chosen = pf.LayerGraph("totals"), PRECISIONS[precision]
+    total = graph.add("total", pf.lazy(Total), graph.input("x", ("B", "time", 4)))
+    graph.loss("loss", mean_square, graph.add("head", pf.lazy(nn.Linear, 4, 2), total))
+    x = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0))
+    reference = pf.Reference(graph, num_microbatches=2, precision=chosen)
+    plan = make_plan(graph, [(["total"], (0,)), (["head", "loss"], (1,))], num_microbatches=2)
+    with pf.Engine(graph, plan, precision=chosen) as engine:
+        whole = engine.predict({"x": x})["head"]
+        assert whole.dtype == torch.bfloat16
+        with engine.decode(5) as seen, reference.decode(5) as expected:
+            for part, piece in zip(torch.split(x, 2, 1), torch.split(whole, 2, 1), strict=True):
+                result = seen.step({"x": part})["head"]
+                assert torch.equal(result, expected.step({"x": part})["head"])
+                torch.testing.assert_close(result, piece, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.gpu
