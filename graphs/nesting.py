@@ -97,7 +97,7 @@ def _held(value: object) -> Iterator[Any]:
     """What stands directly in a container that this file does not rebuild."""
     if isinstance(value, Mapping):
         yield from value.values()
-    elif isinstance(value, Set | Sequence) and not isinstance(value, str | bytes):
+    elif isinstance(value, Set | Sequence) and not isinstance(value, str | bytes | range):
         yield from value
     elif is_dataclass(value) and not isinstance(value, type):
         yield from (getattr(value, f.name) for f in fields(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import GraphError
+from pipeflow.errors import FormatError, GraphError
 from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Handle
 
@@ -199,6 +200,39 @@ def test_files_hold_slices_text_and_results_of_any_form(tmp_path: Path) -> None:
     again = pf.LayerGraph.load(tmp_path / "g.json", allow=("tests.graphs.test_structures",))
     assert again.digest == graph.digest
     assert dict(again.specs) == dict(graph.specs)
+
+
+def test_a_loss_may_take_its_tensors_by_keyword(tmp_path: Path) -> None:
+    graph, (x,) = graph_of("x")
+    label = graph.input("label", ("B",), "int64")
+    logits = graph.add("logits", pf.lazy(nn.Linear, 6, 3), x)
+    graph.loss("loss", nn.functional.cross_entropy, target=label, input=logits, label_smoothing=0.1, weight=0.5)
+    graph.save(tmp_path / "g.json")
+    again = pf.LayerGraph.load(tmp_path / "g.json")
+    assert again.digest == graph.digest
+    assert (again.layers["loss"].inputs, again.layers["loss"].weight) == (("label", "logits"), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("args", [{"tensor": "hidden"}], r"its arguments read \['hidden'\], its inputs are \['hidden', 'x'\]"),
+        ("args", [{"function": "os.system"}], "'os.system' may not be used by a file"),
+        ("args", [[{"tensor": "hidden"}, {"tensor": "nowhere"}]], "its arguments read"),
+        ("source", {"lazy": "torch.nn.Linear", "args": [6, {"tensor": "x"}], "kwargs": {}}, "is no constant"),
+    ],
+)
+def test_a_file_whose_templates_were_tampered_with_is_refused(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    """A template is data: it can name tensors that the layer is said to read, and nothing else of the graph."""
+    graph, (x,) = graph_of("x")
+    hidden = graph.add("hidden", torch.relu, x)
+    graph.add("w", torch.stack, [hidden, x], dim=1)
+    graph.save(tmp_path / "g.json")
+    file = json.loads((tmp_path / "g.json").read_text())
+    file["layers"][1][key] = value
+    (tmp_path / "g.json").write_text(json.dumps(file))
+    with pytest.raises(FormatError, match=words):
+        pf.LayerGraph.load(tmp_path / "g.json")
 
 
 def crop(x: Tensor, where: Any) -> Tensor:
