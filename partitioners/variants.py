@@ -30,7 +30,7 @@ from pipeflow.partitioners.atoms import Floats
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.feasibility import memory_limits, require_feasible, shortfall
 from pipeflow.partitioners.ideal_sets import sets_of_ideals
-from pipeflow.partitioners.knapsack import Choice, choose
+from pipeflow.partitioners.knapsack import choose
 from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.objective import objective, reduction_volume
 from pipeflow.partitioners.partition import Partition, Stage
@@ -41,6 +41,7 @@ _WORK = 10**9
 _NONE = 2**30
 _CLOSE = 1e-3
 _STRICTLY = 1 - 1e-9
+_ROUNDING = 1 + 1e-12
 
 
 def supports(problem: PartitionProblem) -> str | None:
@@ -163,17 +164,38 @@ class _Sharing:
         held: Floats = self.memo[in_flight][end] - self.memo[in_flight][starts]
         return held
 
+    def least_price(self, in_flight: int) -> float:
+        """Seconds for each byte that a layer saves by running another way than its fastest, at least."""
+        if in_flight not in self.prices:
+            least = math.inf
+            for rows in self.options:
+                if rows is None or len(rows) == 1:
+                    continue
+                held = rows[:, 1] * in_flight + rows[:, 2]
+                fastest = min(range(len(rows)), key=lambda i: tuple(rows[i]))
+                saved = held[fastest] - held
+                prices = (rows[:, 0] - rows[fastest, 0])[saved > 0] / saved[saved > 0]
+                least = min(least, float(prices.min(initial=math.inf)))
+            self.prices[in_flight] = least if least < math.inf else 0.0
+        return self.prices[in_flight]
+
     memo: dict[int, Floats] = field(default_factory=dict)
+    prices: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
 class _Programme:
-    """The programme over some ideals. `is_exact` is False once a knapsack had too many sums."""
+    """The programme over some ideals.
+
+    Attributes:
+        is_exact: False once a knapsack had too many sums.
+        choices: (seconds found, seconds at least) of stages whose layers had to be chosen for memory.
+    """
 
     problem: PartitionProblem
     lattice: Lattice
     is_exact: bool = True
-    choices: dict[_Step, Choice] = field(default_factory=dict)
+    choices: dict[_Step, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> tuple[LayerCosts, ...]:
@@ -346,7 +368,13 @@ class _Programme:
             return
         in_flight = self._step(sharing, 0, end, from_here).in_flight
         starts = starts[sharing.least_bytes(starts, end, in_flight) <= self.limit]
-        is_fast = (sharing.fast_bytes(starts, end, in_flight) <= self.limit) & self._alike[sharing.degree]
+        lacking = sharing.fast_bytes(starts, end, in_flight) - self.limit
+        is_fast = (lacking <= 0) & self._alike[sharing.degree]
+        if self._alike[sharing.degree]:
+            # What is lacking is saved at best at the least price that any layer asks.
+            dearer = np.where(lacking > 0, sharing.least_price(in_flight) * lacking, 0.0)
+            possible = sharing.least[starts, end] + dearer <= upper * _ROUNDING
+            starts, is_fast = starts[possible], is_fast[possible]
         for start, fits in zip(starts.tolist(), is_fast.tolist(), strict=True):
             if fits or self._choice(sharing, self._step(sharing, start, end, from_here), upper) <= upper:
                 yield start
@@ -361,13 +389,14 @@ class _Programme:
 
     def _choice(self, sharing: _Sharing, step: _Step, upper: float) -> float:
         """Seconds of a stage whose layers run as fast as fits; the least that they might, if that is above `upper`."""
-        choice = self.choices.get(step)
-        if choice is None:
-            choice = self.choices[step] = choose(self._options(sharing, step)[1], self.limit)
-        rest = self._options(sharing, step)[0] if choice.options else 0.0
-        if choice.seconds + rest > upper >= choice.least_seconds + rest:
+        if step not in self.choices:
+            rest, things = self._options(sharing, step)
+            choice = choose(things, self.limit)
+            self.choices[step] = (rest + choice.seconds, rest + choice.least_seconds)
+        seconds, least = self.choices[step]
+        if seconds > upper >= least:
             self.is_exact = False
-        return choice.seconds + rest
+        return seconds
 
     def _options(self, sharing: _Sharing, step: _Step) -> tuple[float, list[list[tuple[float, float]]]]:
         """Seconds that no choice changes, and (seconds, bytes) of every way of every layer of a stage."""
