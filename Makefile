@@ -13,7 +13,7 @@ TESTS   ?=
 ARGS    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fuzz bench bench-partition clean
+.PHONY: help setup demo test check fuzz bench bench-partition bench-memory clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining
 
 bench-partition: setup ## the partitioners on published cost graphs, against proven optima and other rules
 	$(BIN)/python -m benchmarks.partition
+
+bench-memory: setup ## bytes that every rank holds at most, predicted and counted
+	$(BIN)/python -m benchmarks.memory
 
 clean: ## remove everything the other targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

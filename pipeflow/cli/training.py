@@ -101,6 +101,8 @@ def train(
         stages=stage_seconds(job.plan, timeline, measured),
         predicted_iteration_seconds=timeline.makespan,
         measured_iteration_seconds=measured.iteration_seconds,
+        predicted_bytes_by_rank=measured.predicted_bytes_by_rank,
+        measured_bytes_by_rank=measured.peak_bytes_by_rank,
         metric_name=recipe.metric_name,
         metric_goal=recipe.metric_goal if job.num_epochs >= recipe.num_epochs else None,
         comparison=None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeflow.program import Compute, Kind
 from pipeflow.report.table import Table
-from pipeflow.units import format_seconds
+from pipeflow.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from pipeflow.execution_plan import Plan
@@ -85,6 +85,8 @@ class Run:
         metric_name: of the recipe.
         metric_goal: of the recipe; None where the run was shorter than the recipe's.
         comparison: with one device, if it was made.
+        predicted_bytes_by_rank, measured_bytes_by_rank: at most during one step; measured ones are empty where
+            no step was counted.
     """
 
     name: str
@@ -99,6 +101,8 @@ class Run:
     metric_name: str
     metric_goal: float | None
     comparison: Comparison | None
+    predicted_bytes_by_rank: tuple[int, ...] = ()
+    measured_bytes_by_rank: tuple[int, ...] = ()
 
     @property
     def misses_goal(self) -> bool:
@@ -203,6 +207,15 @@ def _summary(run: Run) -> tuple[tuple[str, str], ...]:
             "iteration",
             f"predicted {format_seconds(predicted)}, measured {format_seconds(measured)}, "
             f"ratio {_ratio(measured, predicted)}",
+        )
+    ]
+    rows += [
+        (
+            f"rank {rank}",
+            f"predicted {format_bytes(bytes_)}, measured {format_bytes(seen)} at most, ratio {_ratio(seen, bytes_)}",
+        )
+        for rank, (bytes_, seen) in enumerate(
+            zip(run.predicted_bytes_by_rank, run.measured_bytes_by_rank, strict=False)
         )
     ]
     if (other := run.comparison) is not None:

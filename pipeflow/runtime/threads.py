@@ -170,11 +170,12 @@ class ThreadTransport:
 
         def receive_a_copy(microbatch: int) -> Payload:
             payload = receive(microbatch)
+            copies = None if payload is None else [t.clone() for t in payload]
             arrived = self._arrived[peer].popleft()
             while self._num_released[peer] < arrived:
                 sent.popleft()
                 self._num_released[peer] += 1
-            return None if payload is None else [t.clone() for t in payload]
+            return copies
 
         return receive_a_copy
 

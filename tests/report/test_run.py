@@ -23,6 +23,8 @@ RUN = Run(
     metric_name="accuracy",
     metric_goal=0.97,
     comparison=Comparison(2, 1e-7, 1, 0.0, 0.2),
+    predicted_bytes_by_rank=(1024, 2048, 1000),
+    measured_bytes_by_rank=(1024, 1024, 1000),
 )
 
 
@@ -36,12 +38,13 @@ def test_tables_show_predicted_beside_measured() -> None:
     stages, whole = (plain(table) for table in run_tables(RUN))
     assert " ".join(stages.splitlines()[2].split()) == "0 a..b 0, 1 1 ms 2 ms 3 ms 6 ms 2.00"
     assert "predicted 100 ms, measured 150 ms, ratio 1.50" in whole
+    assert "predicted 2.0 KiB, measured 1.0 KiB at most, ratio 0.50" in whole
     assert "largest difference 1e-07 to one device's over 2 steps, at step 1" in whole
     assert "largest difference 0 (bitwise equal) to one device's at the end" in whole
 
 
 def test_a_run_without_comparison_or_metric_says_less() -> None:
-    bare = replace(RUN, comparison=None, epochs=(replace(RUN.epochs[0], metric=None),))
+    bare = replace(RUN, comparison=None, measured_bytes_by_rank=(), epochs=(replace(RUN.epochs[0], metric=None),))
     assert len(run_tables(bare)[1].rows) == 1
     assert not bare.misses_goal
 
