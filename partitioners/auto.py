@@ -17,6 +17,7 @@ from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.chain import chain
 from pipeflow.partitioners.coarsen import coarsen
+from pipeflow.partitioners.device_orders import best_of_device_orders
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.feasibility import require_feasible
 from pipeflow.partitioners.nested import nested
@@ -24,7 +25,6 @@ from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition
-from pipeflow.partitioners.placement import place
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
 
@@ -34,6 +34,9 @@ CLOSED = 1e-8
 _MOST_EXHAUSTIVE = 6
 _MOST_ATOMS = 20_000
 """Beyond, the problem is coarsened first."""
+
+_ROUNDS_PER_ORDER = 2
+"""Orders of the layers for each order of unlike devices."""
 
 _CHUNK_WORK = 12.0
 """The solver's budget for several chunks on a device: gains come early, proofs late or never."""
@@ -133,10 +136,13 @@ def _improved(
         bound = max(bound, proved)
         if better is not None and (stages is None or objective(problem, better) < objective(problem, stages)):
             stages, name = better, step
+    over = best_of_device_orders(problem, stages, lambda p: best_of_orders(p, rounds=_ROUNDS_PER_ORDER))
+    if over is not None and (stages is None or objective(problem, over) < objective(problem, stages)):
+        stages, name = over, "device orders"
     if stages is None:
         assert failure is not None, "no partition and no reason"
         raise failure
-    return certified(problem, place(problem, stages), partitioner=f"auto: {name}", lower_bound=bound)
+    return certified(problem, stages, partitioner=f"auto: {name}", lower_bound=bound)
 
 
 def _exact_steps(problem: PartitionProblem, use_solver: bool) -> tuple[str, ...]:

@@ -197,6 +197,8 @@ def _best_shift(problem: PartitionProblem, stages: Sequence[Stage], giver: int, 
 
 def _shift(problem: PartitionProblem, stages: Sequence[Stage], atom: int, giver: int, taker: int) -> Shift:
     names = problem.atoms.members[atom]
+    if any(stage.variants for stage in stages):
+        return Shift(names, math.inf, "its stages chose the ways in which their layers run together")
     moved = moved_layers(problem, stages, names, giver, taker)
     if stages[taker].num_replicas > 1 and not problem.atoms.replicable[atom]:
         return Shift(names, math.inf, f"stage {taker} has {stages[taker].num_replicas} replicas, which it cannot have")

@@ -23,8 +23,11 @@ def neighbours(problem: PartitionProblem, stages: Sequence[Stage]) -> Iterator[t
     """Valid partitions one step away, each once, in an order that depends on the problem alone.
 
     Args:
-        stages: a valid partition with one stage on a device.
+        stages: a valid partition with one stage on a device. Those that share layers among devices or
+            chose variants of them have no neighbours.
     """
+    if any(stage.variants for stage in stages):
+        return
     seen = {tuple(stages)}
     for candidate in _steps(problem, tuple(stages)):
         if candidate not in seen and _is_valid(problem, candidate):

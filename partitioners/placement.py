@@ -23,7 +23,9 @@ from pipeflow.partitioners.problem import PartitionProblem
 MOST_TRIED = 800
 """As many assignments are all tried."""
 
-_MOST_ROUNDS = 64
+_MOST_PRICED = 2500
+"""Assignments that are priced in one descent: seconds for 64 stages."""
+
 _BETTER = 1 - 1e-12
 
 Assignment = tuple[tuple[int, ...], ...]
@@ -106,17 +108,19 @@ class _Placement:
                     yield (devices, *rest)
 
     def descend(self, start: Assignment) -> Assignment:
-        """Exchanges two devices at a time, with whatever lowers the busiest device most."""
-        devices, least = start, self._seconds(start)
-        for _ in range(_MOST_ROUNDS):
-            better = None
+        """Exchanges two devices at a time, whenever that lowers the busiest device, until nothing does."""
+        devices, least, priced = start, self._seconds(start), 0
+        found = True
+        while found:
+            found = False
             for candidate in self._exchanges(devices):
+                if priced == _MOST_PRICED:
+                    return devices
+                priced += 1
                 seconds = self._seconds(candidate)
                 if seconds < least:
-                    better, least = candidate, seconds
-            if better is None:
-                break
-            devices = better
+                    devices, least, found = candidate, seconds, True
+                    break
         return devices
 
     def _seconds(self, devices: Assignment) -> tuple[float, float]:

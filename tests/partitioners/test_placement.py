@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from itertools import permutations
+from random import Random
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners import PARTITIONERS, placement
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.cluster import Cluster, Device, Level
+from pipeflow.partitioners.device_orders import best_of_device_orders, reordered
 from pipeflow.partitioners.feasibility import shortfall
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.partition import Stage
@@ -98,6 +101,52 @@ def test_heavy_edges_take_the_fast_links(num_pairs: int) -> None:
     assert objective(problem, apart) == pytest.approx(1.0 + 1.0 + 0.01, rel=0.01)
     assert objective(problem, placed) < 1.03
     assert all(a.devices[0] // 2 == b.devices[0] // 2 for a, b in zip(placed[::2], placed[1::2], strict=True))
+
+
+@given(problem=problems(cluster=clusters(min_devices=2, max_devices=4, is_uniform=False)), draw=st.randoms())
+@settings(max_examples=60)
+def test_devices_in_another_order_are_the_same_devices(problem: PartitionProblem, draw: Random) -> None:
+    count = problem.cluster.num_devices
+    order = draw.sample(range(count), count)
+    other = reordered(problem, order)
+    stages = some_cut(other)
+    if stages is None:
+        return
+    back = tuple(Stage.replicated(s.layers, tuple(sorted(order[d] for d in s.devices))) for s in stages)
+    assert objective(problem, back) == pytest.approx(objective(other, stages), rel=ROUNDING)
+    assert not shortfall(problem, back)
+
+
+@given(problem=problems(cluster=clusters(min_devices=2, max_devices=4, is_uniform=False)))
+@settings(max_examples=60)
+def test_other_orders_of_the_devices_never_make_it_worse(problem: PartitionProblem) -> None:
+    stages = some_cut(problem)
+    found = best_of_device_orders(problem, stages, some_cut)
+    if found is None:
+        assert stages is None
+        return
+    check_partition(certified(problem, found, partitioner="found", lower_bound=0.0), problem)
+    if stages is not None:
+        assert objective(problem, found) <= objective(problem, stages)
+
+
+def test_the_fast_device_may_stand_last() -> None:
+    """Nothing is heavy until the end, and the only fast device comes first in the cluster."""
+    layers = tuple(
+        LayerCosts(
+            name=f"l{i}",
+            inputs=(f"l{i - 1}" if i else "x",),
+            outputs=(TensorCosts(name=f"l{i}"),),
+            forward_seconds=16.0 if i == 8 else 1.0,
+        )
+        for i in range(9)
+    )
+    devices = (Device(name="fast", speed=8), *(Device(name=f"slow{i}", speed=2) for i in range(3)))
+    costs = GraphCosts(inputs=(TensorCosts(name="x"),), layers=layers)
+    problem = PartitionProblem(costs=costs, cluster=Cluster(devices=devices), max_replicas=1)
+    found = PARTITIONERS["auto"](problem)
+    assert found.stages[-1].devices == (0,)
+    assert found.certificate.objective == 2.0
 
 
 def test_the_heavy_stage_gets_the_fast_device() -> None:
