@@ -71,6 +71,11 @@ _OPTIONS = (
         help="iteration also tries plans next to the partitioner's, by simulated time.",
     ),
     click.option("--schedule", help=f"auto, one of {', '.join(SCHEDULES)}, or module:function."),
+    click.option(
+        "--shared",
+        type=click.Choice(["together", "copies"]),
+        help="Layers that share parameters: on one stage, or with a copy on each of theirs.",
+    ),
     click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
 )
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeflow.errors import FormatError, PlanError
 
@@ -42,6 +42,7 @@ class Request:
     partitioner: str | None
     schedule: str | None
     profile_cache: str | None
+    shared: Literal["together", "copies"] | None = None
     pins: Pins | None = None
     objective: PlanObjective | None = None
 
@@ -161,6 +162,7 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
         num_microbatches=microbatches,
         pins=request.pins,
         objective=request.objective or "bottleneck",
+        shared=request.shared or "together",
     )
 
 

@@ -13,7 +13,9 @@ from pipeflow.cli import cli
 from pipeflow.errors import PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs import LayerGraph, lazy
+from pipeflow.graphs.costs import SharedTensor
 from pipeflow.partitioners.cluster import Cluster
+from tests.cli.conftest import chain_costs
 
 
 def save_graph(path: Path) -> Path:
@@ -43,6 +45,19 @@ def test_json_is_the_plan_itself_and_other_commands_read_it(costs_file: Path, tm
     path.write_text(done.stdout)
     assert CliRunner().invoke(cli, ["verify", str(path)]).exit_code == 0
     assert CliRunner().invoke(cli, ["simulate", str(path)]).exit_code == 0
+
+
+def test_layers_that_share_weights_are_apart_where_it_is_asked_for(tmp_path: Path) -> None:
+    costs = chain_costs(4)
+    tied = SharedTensor(name="l0.weight", layers=("l0", "l3"), bytes=100)
+    path = tmp_path / "tied.json"
+    path.write_text(costs.model_copy(update={"colocated": (("l0", "l3"),), "shared": (tied,)}).model_dump_json())
+    arguments = ["plan", str(path), "--devices", "2", "--batch-size", "8", "--stages", "2"]
+    together = CliRunner().invoke(cli, arguments)
+    assert together.exit_code == 1  # what lies between the two goes where they go, so there is one stage
+    apart = CliRunner().invoke(cli, [*arguments, "--shared", "copies"])
+    assert apart.exit_code == 0, apart.output
+    assert "stages 0, 1 keep copies of l0.weight" in apart.stdout
 
 
 def test_the_same_call_gives_the_same_plan(costs_file: Path) -> None:
