@@ -35,6 +35,7 @@ from pipeflow.runtime.gradients import GradientPolicy, NonFinite
 from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
+from pipeflow.runtime.optimizers import follows_loss
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.peak_bytes import PeakBytes
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
@@ -163,6 +164,8 @@ class Engine(AbstractContextManager["Engine"]):
             ranks = (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
         self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
+        every = [replica for held in self._replicas.values() for replica in held.values()]
+        self._has_followers = any(follows_loss(t.scheduler) for r in every for t in r.training_by_phase.values())
         self._executors: dict[_Job, dict[int, Executor]] = {}
         self._readers: dict[_Job, BatchReader] = {}
         self._recorder = Recorder(plan, self._prepared[None].peak_bytes_by_rank)
@@ -499,7 +502,7 @@ class Engine(AbstractContextManager["Engine"]):
         """What follows from a step for the next."""
         if self._scaler is not None:
             self._scaler.update(overflow=overflow)
-        if not result.skipped:
+        if self._has_followers and not result.skipped:
             for replicas in self._replicas.values():
                 for replica in replicas.values():
                     replica.follow_loss(result.loss)
