@@ -35,6 +35,7 @@ from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.objective import objective, reduction_volume
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position, one_version
+from pipeflow.partitioners.stage_ways import Sharing, ways_of
 
 _MOST_IDEALS = 500
 _WORK = 10**9
@@ -102,22 +103,6 @@ def _reason(problem: PartitionProblem) -> str:
     )
 
 
-def ways_of(problem: PartitionProblem, layer: LayerCosts) -> tuple[Variant, ...]:
-    """The ways in which a layer can run; of a layer without variants the one that its costs describe."""
-    if layer.variants:
-        return layer.variants
-    state = (1 + problem.gradient_ratio + problem.optimizer_ratio) * layer.parameter_bytes
-    return (
-        Variant(
-            name="",
-            seconds=layer.seconds,
-            parameter_bytes=layer.parameter_bytes,
-            resident_bytes=math.ceil(state) + 2 * (state > layer.parameter_bytes),  # its parts are rounded up, too
-            saved_bytes=layer.saved_bytes,
-        ),
-    )
-
-
 class _Step(NamedTuple):
     """A stage between the ideals of two rows; `in_flight` micro-batches are held by each of its replicas."""
 
@@ -126,61 +111,6 @@ class _Step(NamedTuple):
     degree: int
     replicas: int
     in_flight: int
-
-
-@dataclass(frozen=True)
-class _Sharing:
-    """Stages of one degree and number of replicas: ways of every layer, and sums over ideals.
-
-    Attributes:
-        options: (seconds but for borders, saved bytes, resident bytes) of each way of each layer; None
-            where a layer has no way of this degree.
-        least: seconds of the stages between all pairs of ideals, at least; inf where there are none.
-    """
-
-    degree: int
-    replicas: int
-    options: list[NDArray[np.float64] | None]
-    least: Floats
-    members: Floats
-
-    @cached_property
-    def _fastest(self) -> Floats:
-        rows = [min(map(tuple, o)) if o is not None else (0.0, 0.0, 0.0) for o in self.options]
-        sums: Floats = self.members @ np.array(rows)
-        return sums
-
-    def fast_bytes(self, starts: NDArray[np.intp], end: int, in_flight: int) -> Floats:
-        """What stages hold if every layer runs its fastest way."""
-        sums = self._fastest[end] - self._fastest[starts]
-        held: Floats = sums[:, 1] * in_flight + sums[:, 2]
-        return held
-
-    def least_bytes(self, starts: NDArray[np.intp], end: int, in_flight: int) -> Floats:
-        """What stages hold if every layer runs the way that takes least."""
-        if in_flight not in self.memo:
-            rows = [(o[:, 1] * in_flight + o[:, 2]).min() if o is not None else 0.0 for o in self.options]
-            self.memo[in_flight] = self.members @ np.array(rows)
-        held: Floats = self.memo[in_flight][end] - self.memo[in_flight][starts]
-        return held
-
-    def least_price(self, in_flight: int) -> float:
-        """Seconds for each byte that a layer saves by running another way than its fastest, at least."""
-        if in_flight not in self.prices:
-            least = math.inf
-            for rows in self.options:
-                if rows is None or len(rows) == 1:
-                    continue
-                held = rows[:, 1] * in_flight + rows[:, 2]
-                fastest = min(range(len(rows)), key=lambda i: tuple(rows[i]))
-                saved = held[fastest] - held
-                prices = (rows[:, 0] - rows[fastest, 0])[saved > 0] / saved[saved > 0]
-                least = min(least, float(prices.min(initial=math.inf)))
-            self.prices[in_flight] = least if least < math.inf else 0.0
-        return self.prices[in_flight]
-
-    memo: dict[int, Floats] = field(default_factory=dict)
-    prices: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -232,7 +162,7 @@ class _Programme:
         return table
 
     @cached_property
-    def sharings(self) -> list[_Sharing]:
+    def sharings(self) -> list[Sharing]:
         degrees = sorted({way.degree for ways in self.ways for way in ways})
         most = self.problem.device_limit
         return [
@@ -242,7 +172,7 @@ class _Programme:
             if self.problem.allows(d)
         ]
 
-    def _sharing(self, degree: int, replicas: int) -> _Sharing:
+    def _sharing(self, degree: int, replicas: int) -> Sharing:
         problem, size = self.problem, len(self.lattice.masks)
         share, speed = problem.share(replicas), problem.cluster.devices[0].speed
         each, once = self._reduction(replicas)
@@ -265,7 +195,7 @@ class _Programme:
         least += once * (sums[:, 2] - sums[:, 2][:, None] > 0)
         least[sums[:, 1] - sums[:, 1][:, None] > 0] = np.inf
         assert least.shape == (size, size)
-        return _Sharing(degree, replicas, options, least, self.members)
+        return Sharing(degree, replicas, options, least, self.members)
 
     def _reduction(self, replicas: int) -> tuple[float, float]:
         """Seconds of a reduction for each byte of parameters, and for any, per micro-batch of the batch."""
@@ -356,12 +286,12 @@ class _Programme:
             start, left = result[-1].end, left - result[-1].degree * result[-1].replicas
         return result
 
-    def _step(self, sharing: _Sharing, start: int, end: int, from_here: int) -> _Step:
+    def _step(self, sharing: Sharing, start: int, end: int, from_here: int) -> _Step:
         position = Position(sharing.replicas, from_here, self.problem.num_microbatches)
         return _Step(start, end, sharing.degree, sharing.replicas, self.problem.in_flight(position))
 
     def _fitting(
-        self, sharing: _Sharing, starts: NDArray[np.intp], end: int, from_here: int, upper: float
+        self, sharing: Sharing, starts: NDArray[np.intp], end: int, from_here: int, upper: float
     ) -> Iterator[int]:
         """Of the ideals, those from which a stage to `end` keeps to the threshold and to memory."""
         if not len(starts):
@@ -387,7 +317,7 @@ class _Programme:
             t: all(len({w.border_bytes for w in ways if w.degree == t}) <= 1 for ways in self.ways) for t in degrees
         }
 
-    def _choice(self, sharing: _Sharing, step: _Step, upper: float) -> float:
+    def _choice(self, sharing: Sharing, step: _Step, upper: float) -> float:
         """Seconds of a stage whose layers run as fast as fits; the least that they might, if that is above `upper`."""
         if step not in self.choices:
             rest, things = self._options(sharing, step)
@@ -398,7 +328,7 @@ class _Programme:
             self.is_exact = False
         return seconds
 
-    def _options(self, sharing: _Sharing, step: _Step) -> tuple[float, list[list[tuple[float, float]]]]:
+    def _options(self, sharing: Sharing, step: _Step) -> tuple[float, list[list[tuple[float, float]]]]:
         """Seconds that no choice changes, and (seconds, bytes) of every way of every layer of a stage."""
         share, bandwidth = self.problem.share(step.replicas), self.problem.transfer_link[0]
         once = self._reduction(step.replicas)[1]
