@@ -116,10 +116,11 @@ class Lattice:
 
     @cached_property
     def seconds(self) -> Floats:
+        """Of every atom, rounded down so far that sums are exact: no superset has less work than its subset."""
         atoms, device = self.problem.atoms, self.problem.cluster.devices[0]
-        return np.array(
-            [compute_seconds(g, device) if b else 0.0 for g, b in zip(atoms.layers, atoms.bound, strict=True)]
-        )
+        seconds = [compute_seconds(g, device) if b else 0.0 for g, b in zip(atoms.layers, atoms.bound, strict=True)]
+        unit = math.ldexp(1.0, math.frexp(math.fsum(seconds))[1] - 52)
+        return np.floor(np.array(seconds) / unit) * unit
 
     def _sums(self, amounts: NDArray[np.generic]) -> Floats:
         """Of every ideal, the sum over its atoms."""
