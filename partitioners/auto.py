@@ -7,12 +7,15 @@ never on a clock, so the same problem gives the same partition on the same insta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
 from pipeflow.errors import Infeasible
+from pipeflow.partitioners import beam as filling
 from pipeflow.partitioners import cpsat as cpsat_model
 from pipeflow.partitioners import ideals as ideal_programme
+from pipeflow.partitioners import windows
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.chain import chain
@@ -24,7 +27,7 @@ from pipeflow.partitioners.nested import nested
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
-from pipeflow.partitioners.partition import Partition
+from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
 
@@ -37,6 +40,15 @@ _MOST_ATOMS = 20_000
 
 _ROUNDS_PER_ORDER = 2
 """Orders of the layers for each order of unlike devices."""
+
+_LEAST_FILLED = 300
+"""Atoms from which on filling stages beats cutting many orders."""
+
+_MOST_ORDERED = 2000
+"""Atoms up to which many orders are cut, and ideals counted, where stages can be filled."""
+
+_Step = Callable[[PartitionProblem, Sequence[Stage] | None, float], tuple[tuple[Stage, ...] | None, float] | None]
+"""From a problem, the best partition known and a bound, to a better partition and a better bound."""
 
 _CHUNK_WORK = 12.0
 """The solver's budget for several chunks on a device: gains come early, proofs late or never."""
@@ -119,17 +131,14 @@ def _improved(
             found = best_of_orders(single, rounds=num_rounds(single), bound=bound)
             if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
                 stages, name = found, "orders"
-    found = best_of_orders(smaller, rounds=num_rounds(smaller), start=stages, bound=bound)
-    if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
-        stages, name = found, "orders"
-    for step in _exact_steps(smaller, use_solver):
+    if smaller.atoms.count <= _MOST_ORDERED or not _fills(smaller):
+        found = best_of_orders(smaller, rounds=num_rounds(smaller), start=stages, bound=bound)
+        if found is not None and (stages is None or objective(problem, found) < objective(problem, stages)):
+            stages, name = found, "orders"
+    for step, improve in _steps(smaller, use_solver).items():
         if stages is not None and objective(problem, stages) * (1 - CLOSED) <= bound:
             break
-        improved = (
-            ideal_programme.improve(smaller, stages, bound)
-            if step == "ideals"
-            else cpsat_model.improve(smaller, stages, bound)
-        )
+        improved = improve(smaller, stages, bound)
         if improved is None:
             continue
         better, proved = improved
@@ -145,15 +154,23 @@ def _improved(
     return certified(problem, stages, partitioner=f"auto: {name}", lower_bound=bound)
 
 
-def _exact_steps(problem: PartitionProblem, use_solver: bool) -> tuple[str, ...]:
-    """The exact algorithms that can express the problem and are worth trying on it."""
-    steps = []
-    if ideal_programme.supports(problem) is None:
-        steps.append("ideals")
+def _fills(problem: PartitionProblem) -> bool:
+    return problem.atoms.count >= _LEAST_FILLED and filling.supports(problem) is None
+
+
+def _steps(problem: PartitionProblem, use_solver: bool) -> dict[str, _Step]:
+    """The algorithms that can express the problem and are worth trying on it, in turn."""
+    steps: dict[str, _Step] = {}
+    if ideal_programme.supports(problem) is None and problem.atoms.count <= _MOST_ORDERED:
+        steps["ideals"] = ideal_programme.improve
+    if windows.supports(problem):
+        steps["windows"] = windows.improve
+    if _fills(problem):
+        steps["beam"] = filling.improve
     small = problem.atoms.count * problem.stage_limit <= _MOST_SOLVED
     if use_solver and small and cpsat_model.supports(problem) is None:
-        steps.append("cpsat")
-    return tuple(steps)
+        steps["cpsat"] = cpsat_model.improve
+    return steps
 
 
 def _is_closed(partition: Partition | None) -> bool:

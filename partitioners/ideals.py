@@ -102,7 +102,7 @@ def improve(
     masks = enumerate_ideals(problem, most_ideals)
     if masks is None:
         return None
-    table = _Programme(problem, Lattice(problem, masks))
+    table = Programme(problem, Lattice(problem, masks))
     best = tuple(start) if start else None
     reach = objective(problem, best) if best else table.ample
     if best is None and table.chain(reach) is None:
@@ -147,7 +147,9 @@ class _Ideals(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Programme:
+class Programme:
+    """The recurrence over the ideals of a problem, for one threshold after another."""
+
     problem: PartitionProblem
     lattice: Lattice
 

@@ -29,9 +29,13 @@ def without_stages(pins: Pins) -> Pins:
     return pins.model_copy(update={"on": tuple(pin for pin in pins.on if pin.stage is None)})
 
 
+def together_only(pins: Pins) -> Pins:
+    return Pins(together=pins.together, no_cut=pins.no_cut)
+
+
 def suited(name: str, problem: PartitionProblem) -> PartitionProblem:
     """The problem without what the algorithm refuses."""
-    if name not in ("cpsat", "ideals", "milp"):
+    if name not in ("beam", "cpsat", "ideals", "milp"):
         return problem
     if name == "milp":
         problem = replace(problem, in_flight=holds_nothing)
@@ -44,9 +48,15 @@ def suited(name: str, problem: PartitionProblem) -> PartitionProblem:
         max_replicas=problem.max_replicas if may_replicate else 1,
         replicas=None,
         num_stages=problem.num_stages if name == "cpsat" else None,
-        transfers=problem.transfers if name == "ideals" or problem.transfers == "free" else "added",
-        weight_versions=problem.weight_versions if name == "ideals" else one_version,
-        pins=problem.pins if name == "cpsat" else without_stages(problem.pins),
+        transfers=problem.transfers
+        if name == "ideals" or (name, problem.transfers) == ("beam", "overlapped") or problem.transfers == "free"
+        else "added",
+        weight_versions=problem.weight_versions if name in ("beam", "ideals") else one_version,
+        pins=together_only(problem.pins)
+        if name == "beam"
+        else problem.pins
+        if name == "cpsat"
+        else without_stages(problem.pins),
     )
 
 

@@ -97,7 +97,7 @@ def six(pins: Pins, **more: object) -> PartitionProblem:
     return PartitionProblem(costs=line(1, 1, 1, 1, 1, 1), pins=pins, **options)  # type: ignore[arg-type]  # by name
 
 
-HONOURING = [name for name in NAMES if name != "uniform"]
+HONOURING = [name for name in NAMES if name not in ("uniform", "beam")]
 
 
 @pytest.mark.parametrize("name", HONOURING)
@@ -132,6 +132,11 @@ def test_a_layer_is_on_the_stage_it_is_pinned_to_or_the_row_refuses(name: str) -
             PARTITIONERS[name](problem)
         return
     assert shape(PARTITIONERS[name](problem)) == ["ax1", "bcx1", "defx1"]
+
+
+def test_filling_of_stages_refuses_pins_by_name() -> None:
+    with pytest.raises(PlanError, match="beam cannot solve this: layers are pinned; use another"):
+        PARTITIONERS["beam"](six(Pins(on=(Pin(layer="a", device=2),))))
 
 
 def test_the_even_cut_says_which_pin_it_breaks() -> None:
