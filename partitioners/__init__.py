@@ -22,6 +22,7 @@ _SUMMARIES = {
     "uniform": "stages of an even number of layers, in the graph's order",
     "chain": "exact cut of one topological order, with replicas and memory",
     "orders": "the best of many topological orders, each cut exactly",
+    "moves": "annealed moves between the stages of a cut, loads kept up one move at a time",
     "beam": "stages filled one by one up to a threshold, the best few beginnings kept",
     "ideals": "exact over all ideals of the graph, where there are not too many",
     "cpsat": "exact by CP-SAT; needs pipeflow[solvers]",

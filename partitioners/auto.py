@@ -15,7 +15,7 @@ from pipeflow.errors import Infeasible
 from pipeflow.partitioners import beam as filling
 from pipeflow.partitioners import cpsat as cpsat_model
 from pipeflow.partitioners import ideals as ideal_programme
-from pipeflow.partitioners import windows
+from pipeflow.partitioners import moves, windows
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.chain import chain
@@ -24,7 +24,7 @@ from pipeflow.partitioners.device_orders import best_of_device_orders
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.feasibility import require_feasible
 from pipeflow.partitioners.nested import nested
-from pipeflow.partitioners.normalise import fold
+from pipeflow.partitioners.normalise import fold, join
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition, Stage
@@ -40,6 +40,9 @@ _MOST_ATOMS = 20_000
 
 _ROUNDS_PER_ORDER = 2
 """Orders of the layers for each order of unlike devices."""
+
+_MOST_LOSS = 0.01
+"""What joining layers of a problem that is too large may lose, relatively."""
 
 _LEAST_FILLED = 300
 """Atoms from which on filling stages beats cutting many orders."""
@@ -74,8 +77,12 @@ def auto(problem: PartitionProblem) -> Partition:
     return search(problem, use_solver=has_solver())
 
 
-def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
-    """`auto`, with or without the solver."""
+def search(problem: PartitionProblem, *, use_solver: bool, most_atoms: int = _MOST_ATOMS) -> Partition:
+    """`auto`, with or without the solver.
+
+    Args:
+        most_atoms: beyond, the problem is coarsened first.
+    """
     require_feasible(problem, nests=True, varies=True)
     if problem.costs.has_variants:
         return _named(problem, variants(problem), "variants", None)
@@ -83,8 +90,8 @@ def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
         return _named(problem, nested(problem), "nested", None)
     if problem.chunks > 1:
         return _chunked(problem, use_solver)
-    if problem.atoms.count > _MOST_ATOMS:
-        return _coarse(problem, use_solver)
+    if problem.atoms.count > most_atoms:
+        return _coarse(problem, use_solver, most_atoms)
     best, failure = None, None
     try:
         best = chain(problem)
@@ -99,11 +106,23 @@ def search(problem: PartitionProblem, *, use_solver: bool) -> Partition:
     return _improved(problem, best, failure, use_solver)
 
 
-def _coarse(problem: PartitionProblem, use_solver: bool) -> Partition:
-    """The best partition of a coarser problem, with the bound of the whole one."""
-    found = search(coarsen(problem, _MOST_ATOMS // 4), use_solver=use_solver)
-    name = f"{found.certificate.partitioner}, coarsened"
-    return certified(problem, found.stages, partitioner=name, lower_bound=lower_bound(problem))
+def _coarse(problem: PartitionProblem, use_solver: bool, most_atoms: int) -> Partition:
+    """The best partition of a coarser problem, with a bound of the whole one.
+
+    Where joining layers suffices, what is proven of the joined problem is proven of the whole, but
+    for the loss that `join` states. Runs of an order may lose more: then only a bound of the whole is one.
+    """
+    joined, loss = join(problem, most_atoms=most_atoms, most_loss=_MOST_LOSS)
+    bound = lower_bound(problem)
+    if joined.atoms.count <= most_atoms:
+        found = search(joined, use_solver=use_solver, most_atoms=most_atoms)
+        bound = max(bound, found.certificate.lower_bound / (1 + loss))
+        how = f"joined, which loses at most {loss:.2%}"
+    else:
+        found = search(coarsen(joined, max(2, most_atoms // 4)), use_solver=use_solver)
+        how = "coarsened"
+    name = f"{found.certificate.partitioner}, {how}"
+    return certified(problem, found.stages, partitioner=name, lower_bound=bound)
 
 
 def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
@@ -167,6 +186,8 @@ def _steps(problem: PartitionProblem, use_solver: bool) -> dict[str, _Step]:
         steps["windows"] = windows.improve
     if _fills(problem):
         steps["beam"] = filling.improve
+    else:
+        steps["moves"] = moves.improve
     small = problem.atoms.count * problem.stage_limit <= _MOST_SOLVED
     if use_solver and small and cpsat_model.supports(problem) is None:
         steps["cpsat"] = cpsat_model.improve

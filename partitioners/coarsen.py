@@ -1,8 +1,9 @@
 """Fewer atoms for problems too large to search whole: runs of an order, cut where little is open.
 
-Unlike folding, this may lose. What it can lose is told by the certificate: the lower bound is always
-that of the whole problem. A partition of the coarse problem is one of the whole problem, since
-runs of a topological order can always share a stage. An atom that a pin names is a run of its own.
+Unlike joining (`pipeflow.partitioners.normalise`), this may lose without saying beforehand how much.
+The certificate tells it afterwards: its lower bound is one of the whole problem. A partition of the
+coarse problem is one of the whole problem, since runs of a topological order can always share a
+stage. An atom that a pin names is a run of its own.
 """
 
 from __future__ import annotations

@@ -158,7 +158,11 @@ class _Model:
         solver.parameters.random_seed = 1
         status = solver.solve(model)
         if status == cp_model.INFEASIBLE:
-            return None, math.inf
+            # OR-tools 9.15 presolves some models with a narrow bottleneck away that do have solutions.
+            solver.parameters.cp_model_presolve = False
+            status = solver.solve(model)
+        if status == cp_model.INFEASIBLE:
+            return (None, math.inf) if start is None else (tuple(start), bound)
         proved = max(bound, (solver.best_objective_bound - 0.5) / self.scale * (1 - 1e-12))
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return (tuple(start) if start else None), proved

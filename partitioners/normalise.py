@@ -12,6 +12,12 @@ neighbour whose transfer costs more than they do, and series of which one link i
 the next. It holds where stages have one replica on devices alike, transfers add to compute, any
 smaller number of stages will do, and memory cannot bind (or v takes none). No pin may name v, nor
 count stages or layers.
+
+`join` gives up a stated part of the optimum for a smaller problem. Let t be the transfers between u
+and v, c the compute of v and r its other transfers. The stage that gains v pays c + r - t more at
+most, and the one that loses it r - c - t. Where the first is at most e (c_u + t) and the second at most
+e (c + t), both are at most e times seconds that the stage spends on this pair and no other, as no
+atom is in two pairs: so no stage becomes dearer than 1 + e times what it was. Passes multiply.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from pipeflow.partitioners.atoms import Atoms
 from pipeflow.partitioners.feasibility import memory_limits
@@ -32,9 +39,28 @@ def fold(problem: PartitionProblem) -> PartitionProblem:
         return problem
     while pairs := list(_disjoint_pairs(problem)):
         members = problem.atoms.members
-        joined = tuple((*members[u], *members[v]) for u, v in pairs)
+        joined = tuple((*members[pair.u], *members[pair.v]) for pair in pairs)
         problem = replace(problem, together=(*problem.together, *joined))
     return problem
+
+
+def join(problem: PartitionProblem, *, most_atoms: int, most_loss: float) -> tuple[PartitionProblem, float]:
+    """A smaller problem, and by how much its optimum is above that of `problem` at most, relatively.
+
+    Args:
+        most_atoms: passes end once there are no more.
+        most_loss: of all passes together.
+    """
+    loss = 1.0
+    while _applies(problem) and problem.atoms.count > most_atoms:
+        pairs = list(_disjoint_pairs(problem, ((1 + most_loss) / loss - 1) / 2))
+        if not pairs:
+            break
+        members = problem.atoms.members
+        joined = tuple((*members[pair.u], *members[pair.v]) for pair in pairs)
+        problem = replace(problem, together=(*problem.together, *joined))
+        loss *= 1 + max(pair.loss for pair in pairs)
+    return problem, (loss - 1) * (1 + 1e-9)
 
 
 def _applies(problem: PartitionProblem) -> bool:
@@ -63,26 +89,58 @@ def memory_binds(problem: PartitionProblem) -> bool:
     return parameters * (versions + problem.gradient_ratio + problem.optimizer_ratio) + held + 2 > limit
 
 
-def _disjoint_pairs(problem: PartitionProblem) -> Iterator[tuple[int, int]]:
-    """Pairs (u, v) to join, no atom in two of them, so that each stays right after the others."""
+class _Pair(NamedTuple):
+    """Atoms to join, and what that loses at most."""
+
+    u: int
+    v: int
+    loss: float
+
+
+def _disjoint_pairs(problem: PartitionProblem, most_loss: float = 0.0) -> Iterator[_Pair]:
+    """Pairs to join, no atom in two of them, so that each stays right after the others."""
     atoms = problem.atoms
     device, (inside, outside) = problem.cluster.devices[0], _transfers(problem, atoms)
-    binds = memory_binds(problem)
+    seconds = [compute_seconds(group, device) for group in atoms.layers]
+    stays = _takes_memory(problem)
     taken: set[int] = set()
     for v in range(atoms.count):
-        if v in problem.pinned.fixed or (binds and (atoms.parameter_bytes[v] or atoms.saved_bytes[v])):
-            continue
         partners = inside[v]
-        if v in taken or not partners:
+        if v in taken or not partners or stays[v] or v in problem.pinned.fixed or outside[v] == math.inf:
             continue
         u = max(sorted(partners), key=partners.__getitem__)
         before, after = set(atoms.predecessors[v]), set(atoms.successors[v])
-        if u in taken or not (before == {u} or after == {u} or not before | after) or outside[v] == math.inf:
+        if u in taken or not (before == {u} or after == {u} or not before | after):
             continue
-        rest = outside[v] + math.fsum(w for other, w in partners.items() if other != u)
-        if compute_seconds(atoms.layers[v], device) + rest <= partners[u]:
+        rest, between = outside[v] + math.fsum(w for other, w in partners.items() if other != u), partners[u]
+        loss = max(
+            _part(seconds[v] + rest - between, seconds[u] + between),
+            _part(rest - seconds[v] - between, seconds[v] + between),
+        )
+        if loss <= most_loss:
             taken |= {u, v}
-            yield u, v
+            yield _Pair(u, v, loss)
+
+
+def _part(excess: float, spent: float) -> float:
+    """The excess as a part of what is spent already; 0 if there is none."""
+    return 0.0 if excess <= 0 else excess / spent if spent > 0 else math.inf
+
+
+def _takes_memory(problem: PartitionProblem) -> list[bool]:
+    """Whether an atom may not change its stage because memory might then not suffice."""
+    atoms = problem.atoms
+    if not memory_binds(problem):
+        return [False] * atoms.count
+    result = [bool(p or s) for p, s in zip(atoms.parameter_bytes, atoms.saved_bytes, strict=True)]
+    positions = [Position(1, d, problem.num_microbatches) for d in range(1, problem.device_limit + 1)]
+    if problem.holds_received and any(problem.in_flight(position) for position in positions):
+        # Another stage may then receive, and hold, more than it did.
+        for net in atoms.nets:
+            if net.is_activation and net.bytes:
+                for end in net.ends:
+                    result[end] = True
+    return result
 
 
 def _transfers(problem: PartitionProblem, atoms: Atoms) -> tuple[list[dict[int, float]], list[float]]:

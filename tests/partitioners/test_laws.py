@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from pipeflow.errors import Infeasible
 from pipeflow.partitioners import PARTITIONERS
@@ -141,3 +142,56 @@ def test_ideals_are_optimal_and_know_what_is_infeasible(problem: PartitionProble
     if found is not None and best is not None:
         assert found.certificate.objective == pytest.approx(best.certificate.objective, rel=1e-8)
         assert found.certificate.gap < 1e-8
+
+
+ANY = ["chain", "orders", "moves", "auto"]
+LIMITED = [
+    *((name, "unlike devices") for name in ANY),
+    *((name, "replicas") for name in (*ANY, "ideals")),
+    *((name, "one replica") for name in ("beam", "cpsat", "ideals", "milp") if name in NAMES),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), LIMITED)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_memory_is_kept_on_unlike_devices_and_with_replicas(name: str, kind: str, data: st.DataObject) -> None:
+    """Every device limited, seldom with room to spare: a cut is valid, or the row says why there is none."""
+    cluster = clusters(min_devices=2, is_uniform=kind != "unlike devices", limited=True)
+    problem = data.draw(problems(graphs=costs(min_layers=3, max_layers=6), cluster=cluster))
+    if kind == "replicas":
+        problem = replace(problem, max_replicas=None, max_stages=None, replicas=None, num_stages=None)
+    problem = suited(name, problem)
+    found, best = attempt(name, problem), attempt("exhaustive", problem)
+    if found is None:
+        assert best is None or name != "ideals", "an exact row found nothing where there is a partition"
+        return
+    assert best is not None
+    check_partition(found, problem)
+    optimum = best.certificate.objective
+    assert found.certificate.lower_bound <= optimum * (1 + ROUNDING)
+    assert found.certificate.objective >= optimum * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize("name", [n for n in ("chain", "orders", "moves", "cpsat") if n in NAMES])
+@given(problem=problems(cluster=clusters(min_devices=2, max_devices=3, is_uniform=True, limited=False)))
+@settings(max_examples=20)
+def test_several_chunks_on_a_device(name: str, problem: PartitionProblem) -> None:
+    """A cut for two rounds is valid, and what it proves holds for `auto`'s too."""
+    problem = replace(problem, max_replicas=1, replicas=None, num_stages=None, max_stages=None, transfers="added")
+    problem = replace(problem, chunks=2, pins=Pins())
+    found = attempt(name, problem)
+    assert found is not None
+    check_partition(found, problem)
+    other = PARTITIONERS["auto"](problem)
+    assert found.certificate.lower_bound <= other.certificate.objective * (1 + ROUNDING)
+
+
+@given(problem=problems(cluster=clusters(min_devices=2)))
+@settings(max_examples=60)
+def test_moves_never_lose_what_they_started_from(problem: PartitionProblem) -> None:
+    start, found = attempt("chain", problem), attempt("moves", problem)
+    assert (start is None) == (found is None)
+    if start is not None and found is not None:
+        assert found.certificate.objective <= start.certificate.objective
+        assert len(found.stages) == len(start.stages)

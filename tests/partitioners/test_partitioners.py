@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -120,6 +121,17 @@ def test_infeasible_says_what_and_how_much(name: str) -> None:
     tight = reasons(name, problem(2, 9 * MIB, max_replicas=1))
     assert "lacks" in tight
     assert "of activations of" in tight
+
+
+@pytest.mark.skipif(find_spec("ortools") is None, reason="needs OR-tools")
+def test_a_model_that_the_solver_presolves_away_is_solved_without() -> None:
+    """OR-tools 9.15 called this infeasible, beside a partition that it had been given."""
+    layers = tuple(
+        LayerCosts(name=f"l{i}", outputs=(TensorCosts(name=f"l{i}"),), forward_seconds=s / 1024)
+        for i, s in enumerate((4, 2, 3))
+    )
+    problem = PartitionProblem(costs=GraphCosts(layers=layers), cluster=Cluster.uniform(2), max_replicas=1, chunks=2)
+    assert PARTITIONERS["auto"](problem).certificate.objective == 5 / 1024
 
 
 def test_exhaustive_refuses_what_it_cannot_finish() -> None:

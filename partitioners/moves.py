@@ -1,0 +1,217 @@
+"""Annealed moves of atoms between stages: the load of the two stages that a move concerns, and no more.
+
+An atom may go to any stage between the last that holds one of its predecessors and the first that
+holds one of its successors (Kirkpatrick et al., Science 1983, for the rule of acceptance). What is
+made small is the sum over stages of (load / bottleneck) ** 8, which sees more than the busiest stage
+alone. Loads are kept up with every move at the cost of the atom's own nets. They are a
+guide: a tensor counts once for each stage that it touches, at the first link's speed. What they
+take for the best so far is priced by the objective, checked against memory and pins, and only then
+kept. Draws and their number are fixed: the same problem, the same partition.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeflow.partitioners.bounds import lower_bound
+from pipeflow.partitioners.certify import certified, stages_of
+from pipeflow.partitioners.chain import chain
+from pipeflow.partitioners.feasibility import require_feasible, shortfall
+from pipeflow.partitioners.objective import compute_seconds, objective, reduction_volume
+from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.problem import PartitionProblem
+
+_POWER = 8
+_HOT, _COLD = 0.3, 0.003
+"""Temperatures at the start and at the end, in units of what is made small."""
+
+_MOVES_PER_ATOM, _MOST_MOVES = 300, 300_000
+
+
+def moves(problem: PartitionProblem) -> Partition:
+    """The cut of the graph's order, improved by moves. A heuristic; the lower bound is that of `chain`.
+
+    Raises:
+        Infeasible: no cut of the graph's order fits.
+    """
+    require_feasible(problem)
+    start = chain(problem)
+    stages, bound = improve(problem, start.stages, max(start.certificate.lower_bound, lower_bound(problem)))
+    assert stages is not None, "a start was given"
+    return certified(problem, stages, partitioner="moves", lower_bound=bound)
+
+
+def improve(
+    problem: PartitionProblem, start: Sequence[Stage] | None, bound: float, *, seed: int = 0
+) -> tuple[tuple[Stage, ...] | None, float]:
+    """A partition at least as good as `start` with as many stages, and `bound`, which it never raises."""
+    if start is None or len(start) < 2 or objective(problem, start) * (1 - 1e-9) <= bound:
+        return (None if start is None else tuple(start)), bound
+    best, reach = tuple(start), objective(problem, start)
+    state, draw = _State.of(problem, start), random.Random(seed)
+    guide = max(state.loads)
+    steps = min(_MOST_MOVES, _MOVES_PER_ATOM * problem.atoms.count)
+    for step in range(steps):
+        heat = _HOT * (_COLD / _HOT) ** (step / steps)
+        touched = state.step(draw, guide, heat)
+        if touched and max(touched) < guide and max(state.loads) < guide * (1 - 1e-9):
+            guide = max(state.loads)
+            found = state.stages()
+            seconds = objective(problem, found)
+            if seconds < reach * (1 - 1e-9) and _is_valid(problem, found):
+                best, reach = found, seconds
+                if reach * (1 - 1e-9) <= bound:
+                    break
+    return best, bound
+
+
+def _is_valid(problem: PartitionProblem, stages: Sequence[Stage]) -> bool:
+    return not shortfall(problem, stages) and not problem.pins.broken(stages)
+
+
+@dataclass
+class _State:
+    """Where every atom is, and what that makes of every stage."""
+
+    problem: PartitionProblem
+    devices: tuple[tuple[int, ...], ...]
+    stage_of: list[int]
+    sizes: list[int]
+    compute: list[float]
+    transfers: list[float]
+    parameters: list[float]
+    counts: list[dict[int, int]]
+    loads: list[float]
+
+    @classmethod
+    def of(cls, problem: PartitionProblem, stages: Sequence[Stage]) -> _State:
+        place = {name: index for index, stage in enumerate(stages) for name in stage.layers}
+        where = [place[members[0]] for members in problem.atoms.members]
+        zeros = [0.0] * len(stages)
+        devices = tuple(stage.devices for stage in stages)
+        state = cls(problem, devices, where, [0] * len(stages), zeros[:], zeros[:], zeros[:], [], zeros[:])
+        for atom, stage in enumerate(where):
+            state.sizes[stage] += 1
+            state.compute[stage] += state.seconds[stage][atom]
+            state.parameters[stage] += float(problem.atoms.parameter_bytes[atom])
+        for ends, seconds in state.nets:
+            count: dict[int, int] = {}
+            for end in ends:
+                count[where[end]] = count.get(where[end], 0) + 1
+            state.counts.append(count)
+            for stage in count if len(count) > 1 else ():
+                state.transfers[stage] += seconds
+        state.loads = [
+            state.load(s, *terms)
+            for s, terms in enumerate(zip(state.compute, state.transfers, state.parameters, strict=True))
+        ]
+        return state
+
+    @cached_property
+    def seconds(self) -> list[list[float]]:
+        """Of every atom on the slowest device of every stage."""
+        devices = [[self.problem.cluster.devices[d] for d in group] for group in self.devices]
+        layers = self.problem.atoms.layers
+        return [[max(compute_seconds(group, d) for d in of_stage) for group in layers] for of_stage in devices]
+
+    @cached_property
+    def nets(self) -> list[tuple[tuple[int, ...], float]]:
+        """Ends and seconds; nets of the same ends are one."""
+        bandwidth, latency = self.problem.transfer_link
+        sums: dict[tuple[int, ...], float] = {}
+        for net in self.problem.atoms.nets:
+            ends = tuple(sorted(net.ends))
+            sums[ends] = sums.get(ends, 0.0) + latency + net.bytes / bandwidth
+        return [(ends, seconds) for ends, seconds in sums.items() if seconds > 0]
+
+    @cached_property
+    def nets_of(self) -> list[list[int]]:
+        result: list[list[int]] = [[] for _ in self.stage_of]
+        for index, (ends, _) in enumerate(self.nets):
+            for end in ends:
+                result[end].append(index)
+        return result
+
+    @cached_property
+    def _reduction(self) -> list[tuple[float, float]]:
+        """Seconds per byte of parameters, and for any at all, of every stage."""
+        problem, result = self.problem, []
+        for group in self.devices:
+            bandwidth, latency = problem.cluster.link(group[0], group[1]) if len(group) > 1 else (math.inf, 0.0)
+            volume, rounds = reduction_volume(len(group), problem.reduction)
+            times = problem.reductions(len(group))
+            result.append((times * volume / bandwidth, times * rounds * latency))
+        return result
+
+    def load(self, stage: int, compute: float, transfers: float, parameters: float) -> float:
+        each, once = self._reduction[stage]
+        both = compute + transfers if self.problem.transfers == "added" else max(compute, transfers)
+        reduced = each * parameters + (once if parameters > 0 else 0.0)
+        return self.problem.share(len(self.devices[stage])) * both + reduced
+
+    def step(self, draw: random.Random, guide: float, heat: float) -> tuple[float, float] | None:
+        """Draws a move and makes it or not; the loads of its two stages if it was made."""
+        atoms = self.problem.atoms
+        atom = draw.randrange(atoms.count)
+        source = self.stage_of[atom]
+        low = max((self.stage_of[b] for b in atoms.predecessors[atom]), default=0)
+        high = min((self.stage_of[b] for b in atoms.successors[atom]), default=len(self.sizes) - 1)
+        target = draw.randint(max(low, source - 2), min(high, source + 2))
+        if target == source or self.sizes[source] == 1:
+            return None
+        if len(self.devices[target]) > 1 and not atoms.replicable[atom]:
+            return None
+        left, joined = self._transfers_after(atom, source, target)
+        amount = float(atoms.parameter_bytes[atom])
+        after = (
+            (self.compute[source] - self.seconds[source][atom], left, self.parameters[source] - amount),
+            (self.compute[target] + self.seconds[target][atom], joined, self.parameters[target] + amount),
+        )
+        loads = self.load(source, *after[0]), self.load(target, *after[1])
+        before = self.loads[source], self.loads[target]
+        worse = sum((x / guide) ** _POWER for x in loads) - sum((x / guide) ** _POWER for x in before)
+        if worse > 0 and draw.random() >= math.exp(-worse / heat):
+            return None
+        for stage, terms, load in zip((source, target), after, loads, strict=True):
+            self.compute[stage], self.transfers[stage], self.parameters[stage] = terms
+            self.loads[stage] = load
+        self._count(atom, source, target)
+        return loads
+
+    def _transfers_after(self, atom: int, source: int, target: int) -> tuple[float, float]:
+        """Transfers of the two stages after a move; no other stage's change."""
+        left, joined = self.transfers[source], self.transfers[target]
+        for net in self.nets_of[atom]:
+            count, seconds = self.counts[net], self.nets[net][1]
+            stays, was_there = count[source] > 1, target in count
+            if len(count) == 1:
+                left, joined = (left + seconds, joined + seconds) if stays else (left, joined)
+                continue
+            if not stays:
+                left -= seconds
+            if not was_there:
+                joined += seconds
+            elif not stays and len(count) == 2:
+                joined -= seconds
+        return left, joined
+
+    def _count(self, atom: int, source: int, target: int) -> None:
+        self.stage_of[atom] = target
+        self.sizes[source] -= 1
+        self.sizes[target] += 1
+        for net in self.nets_of[atom]:
+            count = self.counts[net]
+            count[target] = count.get(target, 0) + 1
+            count[source] -= 1
+            if not count[source]:
+                del count[source]
+
+    def stages(self) -> tuple[Stage, ...]:
+        cut: list[list[int]] = [[] for _ in self.devices]
+        for atom, stage in enumerate(self.stage_of):
+            cut[stage].append(atom)
+        return stages_of(self.problem, list(zip(cut, self.devices, strict=True)))
