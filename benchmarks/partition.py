@@ -61,6 +61,23 @@ def cases(optima: dict[str, Any]) -> Iterator[tuple[str, int, float, float | Non
                     yield key, int(count), scale, None if isinstance(optimum, str) else optimum
 
 
+def require_equal(value: float, judged: float, where: str) -> None:
+    """Raises `AssertionError` unless an objective is what the judge says."""
+    if abs(judged - value) > 1e-9 * judged:
+        raise AssertionError(f"{where}: objective {value}, but the judge says {judged}")
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+def timed(problem: PartitionProblem) -> tuple[Partition, float]:
+    """What `auto` finds, and the seconds that it takes."""
+    begin = time.perf_counter()
+    found = PARTITIONERS["auto"](problem)
+    return found, time.perf_counter() - begin
+
+
 def without_solver(problem: PartitionProblem) -> Partition:
     """`auto` as it runs where OR-tools is not installed."""
     return search(problem, use_solver=False)
@@ -87,8 +104,7 @@ def run_dnn_partitioning(data: Path) -> list[dict[str, Any]]:
             seconds = time.perf_counter() - begin
             judged = judge(workload, [[int(n) for n in s.layers] for s in found.stages], scale)
             value = found.certificate.objective * 1e3
-            if abs(judged - value) > 1e-9 * judged:
-                raise AssertionError(f"{key} on {count}: objective {value}, but the judge says {judged}")
+            require_equal(value, judged, f"{key} on {count}")
             row[name] = {
                 "objective": value,
                 "lower_bound": found.certificate.lower_bound * 1e3,
@@ -128,7 +144,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     lines = []
     for name in ("auto", "auto, no solver", "chain", "uniform"):
         done = [r[name] for r in rows if "objective" in r[name]]
-        ratio = math.exp(math.fsum(math.log1p(max(0.0, d["above_optimum"])) for d in done) / len(done))
+        ratio = geometric_mean([1 + max(0.0, d["above_optimum"]) for d in done])
         reached = sum(d["above_optimum"] < 1e-6 for d in done)
         closed = sum(d["gap"] < 1e-6 for d in done)
         seconds = [d["seconds"] for d in done]
@@ -166,7 +182,7 @@ def rules_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| rule | geometric mean over the optimum | worst |", "|---|--:|--:|"]
     for name in RULES:
         ratios = [row[name] for row in rows]
-        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        mean = geometric_mean(ratios)
         lines.append(f"| {name} | {mean:.3f} | {max(ratios):.2f} |")
     return "\n".join([*lines, "| pipeflow, auto | 1.000 | 1.00 |"])
 
@@ -178,15 +194,12 @@ def run_chunks(data: Path) -> list[dict[str, Any]]:
         for count, (low, high) in entry["noncontiguous"].items():
             path = root / f"{key}.json"
             problem = problem_of(read(path), num_devices=int(count))
-            begin = time.perf_counter()
-            found = PARTITIONERS["auto"](replace(problem, chunks=2))
-            seconds = time.perf_counter() - begin
+            found, seconds = timed(replace(problem, chunks=2))
             sets: dict[int, list[int]] = {}
             for stage in found.stages:
                 sets.setdefault(stage.devices[0], []).extend(int(name) for name in stage.layers)
             judged = judge(json.loads(path.read_text()), list(sets.values()), contiguous=False)
-            if abs(judged - found.certificate.objective * 1e3) > 1e-9 * judged:
-                raise AssertionError(f"{key}: {found.certificate.objective * 1e3}, but the judge says {judged}")
+            require_equal(found.certificate.objective * 1e3, judged, f"{key} on {count}, two chunks")
             rows.append(
                 {
                     "workload": key,
@@ -245,9 +258,7 @@ def run_scale(data: Path) -> list[dict[str, Any]]:
         source = read(data / "dnn-partitioning" / f"{key}.json")
         for count in (1_000, 10_000, 100_000):
             profile = source.model_copy(update={"costs": random_costs(source.costs, count), "memory_bytes": None})
-            begin = time.perf_counter()
-            found = PARTITIONERS["auto"](problem_of(profile, num_devices=64))
-            seconds = time.perf_counter() - begin
+            found, seconds = timed(problem_of(profile, num_devices=64))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             print(f"{key:40} {count} nodes {seconds:.1f} s", file=sys.stderr, flush=True)
             certificate = found.certificate

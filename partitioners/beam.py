@@ -46,8 +46,8 @@ _HEAD = 0.6
 _MOST_REFUSED = 12
 """So many atoms that do not fit end a stage."""
 
-_WORK, _WORK_PER_ATOM = 9_000_000, 2_000
-"""Atoms put on stages, over all searches, that are worth their time: the smaller of the two."""
+_MOST_WORK = 9_000_000
+"""Atoms put on stages, over all searches, that are worth their time; fewer if their square is less."""
 
 
 def supports(problem: PartitionProblem) -> str | None:
@@ -103,7 +103,7 @@ def improve(
     # Where no bound is known, thresholds begin at a hair.
     floor, left = (
         bound or math.ulp(math.fsum(search.graph.seconds) or 1.0),
-        min(_WORK, _WORK_PER_ATOM * problem.atoms.count),
+        min(_MOST_WORK, problem.atoms.count**2),
     )
     for width, num_ends in _SEARCHES:
         for factor in _FACTORS:
