@@ -118,6 +118,7 @@ class Binder:
             for tensor in self.messages.needed(route)
         ]
         keyed_layers, train = stage.keyed_layers, self.train
+        note = Tensor.item if state.device.type == "cpu" else _copy
         outgoing = self._outgoing(index, m)
         roots = [*(root.slot for root in compiled.roots), *(slot for _, slot in compiled.loss_slots)]
         kept_slots = {*roots, *(s for _, s, needed in leaves if needed)}
@@ -143,8 +144,7 @@ class Binder:
             for target, name, slot in handover:
                 target.arrivals[m][name] = slots[slot]
             for table, name, slot in losses:
-                # A copy: a reduced loss may lie in memory of the size of what it was reduced from.
-                table[name][m] = slots[slot].detach().clone()
+                table[name][m] = note(slots[slot])
             for name, slot in kept:
                 state.outputs.setdefault(name, {})[m] = slots[slot].detach()
             for reader, sent in outgoing:
@@ -336,10 +336,15 @@ def run_backward(roots: list[Tensor | GradientEdge], gradients: list[Tensor]) ->
     )
 
 
+def _copy(loss: Tensor) -> Tensor:
+    """The loss alone, without waiting for it: it may lie in memory of the size of what it was reduced from."""
+    return loss.detach().clone()
+
+
 def _edge(root: Tensor) -> GradientEdge | None:
     """Where backward starts, without the tensor; None where nothing needs a gradient."""
-    if root.grad_fn is not None:
-        return GradientEdge(root.grad_fn, root.output_nr)
+    if (node := root.grad_fn) is not None:
+        return GradientEdge(node, root.output_nr)
     return get_gradient_edge(root) if root.requires_grad else None
 
 

@@ -44,7 +44,7 @@ def loss_factors(loss: Layer, sizes: Sequence[int], counted: Sequence[Tensor | N
 
 def loss_table(
     graph: LayerGraph,
-    values: Mapping[str, Sequence[Tensor | None]],
+    values: Mapping[str, Sequence[Tensor | float | None]],
     factors: Mapping[str, Sequence[float]],
     num_microbatches: int,
     tag: int,

@@ -113,7 +113,7 @@ class RankState:
         self.feed: dict[str, Sequence[Tensor | None]] = {}
         self.factors: dict[str, Sequence[float]] = {}
         self.seeds: dict[str, list[Tensor]] = {}
-        self.losses: dict[str, list[Tensor | None]] = {}
+        self.losses: dict[str, list[Tensor | float | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
         self.verdict = Verdict()
         self._seeds_key: tuple[tuple[int, ...], float] = ((), 0.0)
