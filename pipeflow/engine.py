@@ -7,34 +7,31 @@ rank makes the same calls with the same batches.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor
 
-from pipeflow.arrivals import known_arrivals
 from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.program import Mode, Send, Step
 from pipeflow.runtime import checkpoint
-from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.checkpoint import Progress
 from pipeflow.runtime.copies import find_copies
-from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_callables
-from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
-from pipeflow.runtime.executor import Executor
+from pipeflow.runtime.decoding import DecodeSession, check_decoding
+from pipeflow.runtime.devices import resolve_devices
+from pipeflow.runtime.distributed import is_launched
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
+from pipeflow.runtime.job import Job, Work
+from pipeflow.runtime.local_ranks import LocalRanks
 from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
-from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
+from pipeflow.runtime.microbatch import Batch, MicroBatches
 from pipeflow.runtime.optimizers import follows_loss
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.peak_bytes import PeakBytes
@@ -42,35 +39,16 @@ from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import check_outputs, gather_outputs
 from pipeflow.runtime.prepared import in_types, prepare
-from pipeflow.runtime.rank_state import RankState, StageState
-from pipeflow.runtime.recompute import fuse_runs
-from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
+from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
-from pipeflow.runtime.stage import compile_stage
-from pipeflow.runtime.state import copy_into, needed_layers
-from pipeflow.runtime.threads import Exchange, ThreadTransport
-from pipeflow.runtime.transport import Aborted, Transport
+from pipeflow.runtime.setup import Setup, join
+from pipeflow.runtime.state import copy_into
+from pipeflow.runtime.threads import Exchange
+from pipeflow.runtime.transport import Aborted
 from pipeflow.runtime.workers import Workers
 
 TransportKind = Literal["auto", "threads", "distributed"]
-Work = Literal["step", "measured", "accumulate", "infer"]
-"""A "measured" step has its bytes counted, and is slower for it."""
-
-
-class _Job(NamedTuple):
-    """What is run: programs are bound once for each.
-
-    Attributes:
-        phase: of the graph; None for all of it.
-        outputs: the tensors to keep of a prediction; None for no prediction.
-        session: of decoding, with states of its own.
-    """
-
-    work: Work
-    phase: str | None = None
-    outputs: tuple[str, ...] | None = None
-    session: DecodeSession | None = None
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -132,172 +110,48 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        self._prepared = prepare(graph, plan)
+        prepared = prepare(graph, plan)
         self.graph = graph
         self.plan = plan
-        self._copies = find_copies(graph, plan)
-        self._measure = measure
         self._step = 0
         self._loads = 0
         self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
         self._failed: str | None = None
-        self._optimizers = for_each_phase(graph, optimizer, "optimizer")
-        self._schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
         self._open = OpenPhase(graph)
         self._precision = precision or Precision()
-        self._batch_norm = check_choice(batch_norm)
         scale = self._precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
-        self._policy = GradientPolicy(
-            clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
+        distributed = transport == "distributed" or (transport == "auto" and is_launched())
+        own_devices = resolve_devices(plan, devices, distributed=distributed)
+        numerics = self._precision.numerics_on(own_devices)
+        self._setup = Setup(
+            graph=graph,
+            plan=plan,
+            prepared=in_types(prepared, numerics),
+            copies=find_copies(graph, plan),
+            optimizers=for_each_phase(graph, optimizer, "optimizer"),
+            schedulers=for_each_phase(graph, lr_scheduler, "lr_scheduler"),
+            groups=check_groups(parameter_groups, graph.parameters),
+            policy=GradientPolicy(
+                clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
+            ),
+            precision=self._precision,
+            numerics=numerics,
+            batch_norm=check_choice(batch_norm),
+            seed=seed,
+            devices=own_devices,
+            measure=measure,
         )
-        groups = check_groups(parameter_groups, graph.parameters)
-        self._distributed = transport == "distributed" or (transport == "auto" and is_launched())
-        self._devices = _resolve_devices(plan, devices, distributed=self._distributed)
-        self._numerics = self._precision.numerics_on(self._devices)
-        self._prepared = in_types(self._prepared, self._numerics)
         self._exchange = Exchange(plan.num_ranks, plan.placement)
-        self._remote: DistributedTransport | None = None
-        ranks = tuple(range(plan.num_ranks))
-        if self._distributed:
-            self._remote = self._join(seed)
-            ranks = (self._remote.rank,)
+        self._remote = join(self._setup) if distributed else None
+        ranks = tuple(range(plan.num_ranks)) if self._remote is None else (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
-        self._replicas = {rank: self._build_rank(rank, groups, seed) for rank in ranks}
-        every = [replica for held in self._replicas.values() for replica in held.values()]
-        self._has_followers = any(follows_loss(t.scheduler) for r in every for t in r.training_by_phase.values())
-        self._executors: dict[_Job, dict[int, Executor]] = {}
-        self._readers: dict[_Job, BatchReader] = {}
-        self._recorder = Recorder(plan, self._prepared[None].peak_bytes_by_rank)
-        self._peaks = {rank: PeakBytes(self._devices[rank]) for rank in ranks}
-        if self._remote is not None:
-            self._agree_on_weights(self._remote)
-
-    # --- setting up -----------------------------------------------------------------------
-
-    def _join(self, seed: int) -> DistributedTransport:
-        connect()
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if world_size != self.plan.num_ranks:
-            raise EngineError(
-                f"the job has {world_size} ranks and the plan {self.plan.num_ranks}; start with "
-                f"--nproc-per-node {self.plan.num_ranks}, or plan for {world_size} devices"
-            )
-        channels = sorted(
-            {
-                (source, action.peer)
-                for prepared in self._prepared.values()
-                for program in prepared.programs.values()
-                for source, actions in enumerate(program.actions_by_rank)
-                for action in actions
-                if isinstance(action, Send)
-            }
+        self._ranks = LocalRanks(self._setup, ranks, self._exchange, self._remote)
+        self._has_followers = any(
+            follows_loss(t.scheduler) for r in self._ranks.every_replica for t in r.training_by_phase.values()
         )
-        settings = json.dumps(
-            [
-                self.plan.digest,
-                self.graph.digest,
-                seed,
-                bool(self._optimizers),
-                self._precision.digest,
-                self._batch_norm,
-            ]
-        )
-        return DistributedTransport(
-            self.plan.placement,
-            channels,
-            dict(self._prepared[None].graph.specs),
-            sharing=self._copies.ranks_by_stages(self.plan.placement),
-            digest=hashlib.sha256(settings.encode()).hexdigest(),
-            device=self._devices[rank],
-        )
-
-    def _build_rank(self, rank: int, groups: ParameterGroups, seed: int) -> dict[int, StageReplica]:
-        replicas = {}
-        for index, stage in enumerate(self.plan.stages):
-            if rank in stage.devices:
-                replicas[index] = StageReplica(
-                    self.graph, stage.layers, device=self._devices[rank], seed=seed, precision=self._precision
-                )
-                self._copies.mark(replicas[index], index)
-                replicas[index].record_statistics(self.graph, self._batch_norm, num_replicas=stage.num_replicas)
-                for phase, optimizer in self._optimizers.items():
-                    replicas[index].make_optimizer(optimizer, self._schedulers.get(phase), groups, phase)
-        return replicas
-
-    def _agree_on_weights(self, remote: DistributedTransport) -> None:
-        """Every replica starts from the weights of its stage's first, as each rank built its own."""
-        for index, stage in enumerate(self.plan.stages):
-            if stage.num_replicas > 1 and remote.rank in stage.devices:
-                replica = self._replicas[remote.rank][index]
-                for tensor in replica.tensors().values():
-                    remote.broadcast_in_stage(tensor, index)
-                replica.written()
-        self._copies.agree(self.graph, self.plan.placement, self._replicas[remote.rank], remote, self._precision)
-
-    def _executor(self, job: _Job) -> dict[int, Executor]:
-        """The bound programs of the local ranks; for predictions, cut down to what they need."""
-        if job not in self._executors:
-            executors = self._executors[job] = {rank: self._bind(job, rank) for rank in self._workers.ranks}
-            required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
-            self._readers[job] = BatchReader(self.graph, self._layers(job), required, self.plan.num_microbatches)
-        return self._executors[job]
-
-    def _layers(self, job: _Job) -> frozenset[str]:
-        """What runs, on any rank."""
-        graph = self._prepared[job.phase].graph
-        return frozenset(graph.layers) if job.outputs is None else needed_layers(graph, job.outputs)
-
-    def _bind(self, job: _Job, rank: int) -> Executor:
-        work, phase, outputs, session = job
-        train, prepared = work != "infer", self._prepared[phase]
-        graph, program = prepared.graph, prepared.programs[Mode.TRAIN if train else Mode.INFER]
-        layers = self._layers(job)
-        stages = {}
-        for index, replica in self._replicas[rank].items():
-            names = [layer for layer in replica.layers if layer in layers]
-            callables, keyed = replica.callables if session is None else decoding_callables(graph, replica)
-            functions = {name: self._numerics.wrapped(function) for name, function in callables.items()}
-            compiled = compile_stage(graph, index, names, prepared.flows, functions, train=train)
-            stages[index] = StageState(compiled, replica, keyed_layers=keyed)
-        for index, stage in stages.items() if train else ():
-            fuse_runs(stage.compiled, self.plan.stages[index].recompute, prepared.flows, stage.replica.modules)
-        device = self._devices[rank]
-        transport: Transport = self._remote or ThreadTransport(self._exchange, rank, device, copies=work == "measured")
-        binder = Binder(
-            rank=rank,
-            state=RankState(graph, stages, self.plan.num_microbatches, device),
-            transport=transport,
-            placement=self.plan.placement,
-            flow_by_tensor=prepared.flows,
-            carried=frozenset((t, self.plan.stage_by_layer[n]) for n in layers for t in graph.layers[n].inputs),
-            keep=outputs or (),
-            train=train,
-            reduces=work != "accumulate",
-            shared=self._copies.names_by_stages,
-        )
-        actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
-        if work == "accumulate":
-            actions = tuple(action for action in actions if not isinstance(action, Step))
-        owned = {
-            name: parameter
-            for index, replica in self._replicas[rank].items()
-            if self.plan.stages[index].devices[0] == rank
-            for name, parameter in replica.parameters.items()
-            if name not in replica.borrowed
-        }
-        policy = self._policy if work in ("step", "measured") else None
-        return Executor(
-            actions,
-            binder,
-            policy=policy,
-            owned=owned,
-            names=tuple(self.graph.parameters),
-            measure=self._measure and work == "step",
-            arrived=known_arrivals(program, lambda a: bool(binder.messages.sent(a.route, a.microbatch)))[rank]
-            if actions
-            else (),
-        )
+        self._recorder = Recorder(plan, self._setup.prepared[None].peak_bytes_by_rank)
+        self._peaks = {rank: PeakBytes(own_devices[rank]) for rank in ranks}
 
     # --- running --------------------------------------------------------------------------
 
@@ -308,13 +162,13 @@ class Engine(AbstractContextManager["Engine"]):
         `step`; for the mean over K batches, give each call and the step a share of 1 / K.
         """
         self._check_trainable(share, phase)
-        result = self._run(_Job("accumulate", phase), batch, share=share)[0]
+        result = self._run(Job("accumulate", phase), batch, share=share)[0]
         self._open.accumulated(phase)
         self._calls += 1
         return result
 
     def _check_trainable(self, share: float, phase: str | None) -> None:
-        if not self._optimizers:
+        if not self._setup.optimizers:
             raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
         if not 0 < share < float("inf"):
             raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
@@ -344,7 +198,7 @@ class Engine(AbstractContextManager["Engine"]):
                 wait, or the engine has failed or is closed.
         """
         self._check_trainable(share, phase)
-        job = _Job(self._step_work(batch, phase), phase)
+        job = Job(self._step_work(batch, phase), phase)
         start = time.perf_counter()
         try:
             result = self._run(job, batch, share=share)[0]
@@ -354,8 +208,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._open.stepped()
         if job.work == "measured":
             self._recorder.record_peaks({rank: peak.bytes for rank, peak in self._peaks.items()})
-        elif self._measure:
-            spans = {rank: executor.spans for rank, executor in self._executor(job).items()}
+        elif self._setup.measure:
+            spans = {rank: executor.spans for rank, executor in self._ranks.executors(job).items()}
             self._recorder.record(spans, time.perf_counter() - start)
         self._step += 1
         self._calls += 1
@@ -363,11 +217,9 @@ class Engine(AbstractContextManager["Engine"]):
 
     def _step_work(self, batch: Batch, phase: str | None) -> Work:
         """How to step: with bytes counted, if that is wanted and the batch is the one that is planned for."""
-        if not self._measure or phase is not None or not self._recorder.wants_peaks:
+        if not self._setup.measure or phase is not None or not self._recorder.wants_peaks:
             return "step"
-        job = _Job("step", phase)
-        self._executor(job)
-        cut = self._check_batch(job, batch).cut
+        cut = self._check_batch(Job("step", phase), batch).cut
         return "measured" if cut.even and cut.num_samples == self.plan.batch_size else "step"
 
     def evaluate(self, batch: Batch, *, phase: str | None = None) -> StepResult:
@@ -381,7 +233,7 @@ class Engine(AbstractContextManager["Engine"]):
         """
         if phase is not None:
             self._open.check_name(phase)
-        return self._run(_Job("infer", phase), batch)[0]
+        return self._run(Job("infer", phase), batch)[0]
 
     @overload
     def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]: ...
@@ -409,7 +261,7 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = tuple(self.graph.outputs if outputs is None else outputs)
         check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
-        return self._predict(_Job("infer", outputs=names), batch)
+        return self._predict(Job("infer", outputs=names), batch)
 
     def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
         """Opens a session that runs sequences a few steps at a time, and remembers what came before.
@@ -442,12 +294,11 @@ class Engine(AbstractContextManager["Engine"]):
                     "the weights have changed since this decode session was opened, and what it remembers is of those "
                     "before; open another"
                 )
-            return self._predict(_Job("infer", outputs=names, session=session), batch)  # type: ignore[return-value]
+            return self._predict(Job("infer", outputs=names, session=session), batch)  # type: ignore[return-value]
 
         def end(session: DecodeSession) -> None:
-            job = _Job("infer", outputs=names, session=session)
-            self._executors.pop(job, None)
-            self._readers.pop(job, None)
+            job = Job("infer", outputs=names, session=session)
+            self._ranks.forget(job)
 
         return DecodeSession(batch_size, run, end)
 
@@ -456,23 +307,23 @@ class Engine(AbstractContextManager["Engine"]):
         """Changes when weights may have."""
         return self._calls, self._loads
 
-    def _predict(self, job: _Job, batch: Batch) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def _predict(self, job: Job, batch: Batch) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         microbatches = self._run(job, batch)[1]
-        states = {rank: executor.state for rank, executor in self._executor(job).items()}
+        states = {rank: executor.state for rank, executor in self._ranks.executors(job).items()}
         return gather_outputs(self.graph, self.plan, job.outputs or (), microbatches, states, self._remote)
 
-    def _run(self, job: _Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
+    def _run(self, job: Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
         if self._failed:
             raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
         self._precision.check_surroundings()
-        executors = self._executor(job)
+        executors = self._ranks.executors(job)
         microbatches = self._check_batch(job, batch)
         draw = self._calls + (job.session.num_steps if job.session is not None else 0)
-        train, graph = job.work != "infer", self._prepared[job.phase].graph
+        train, graph = job.work != "infer", self._setup.prepared[job.phase].graph
         loss_scale = self.loss_scale or 1.0
 
         def task(rank: int) -> None:
-            for replica in self._replicas[rank].values():
+            for replica in self._ranks.replicas[rank].values():
                 replica.train(train)
                 if train:
                     replica.enter(job.phase)
@@ -503,19 +354,18 @@ class Engine(AbstractContextManager["Engine"]):
         if self._scaler is not None:
             self._scaler.update(overflow=overflow)
         if self._has_followers and not result.skipped:
-            for replicas in self._replicas.values():
-                for replica in replicas.values():
-                    replica.follow_loss(result.loss)
+            for replica in self._ranks.every_replica:
+                replica.follow_loss(result.loss)
 
-    def _watched(self, job: _Job, rank: int, batch: Batch) -> AbstractContextManager[None]:
+    def _watched(self, job: Job, rank: int, batch: Batch) -> AbstractContextManager[None]:
         if job.work != "measured":
             return nullcontext()
-        read = self._executor(job)[rank].state.read_inputs
-        return self._peaks[rank].watched(self._replicas[rank].values(), batch, read)
+        read = self._ranks.executors(job)[rank].state.read_inputs
+        return self._peaks[rank].watched(self._ranks.replicas[rank].values(), batch, read)
 
-    def _check_batch(self, job: _Job, batch: Batch) -> MicroBatches:
+    def _check_batch(self, job: Job, batch: Batch) -> MicroBatches:
         try:
-            microbatches = self._readers[job].read(batch)
+            microbatches = self._ranks.reader(job).read(batch)
             if job.session is not None:
                 job.session.check_rows(microbatches)
             return microbatches
@@ -567,7 +417,7 @@ class Engine(AbstractContextManager["Engine"]):
         for name, spec in {**self.graph.parameters, **self.graph.buffers}.items():
             stage = self.plan.stage_by_layer[self.graph.owner(name)]
             owner = self.plan.stages[stage].devices[0]
-            own = self._replicas[owner][stage].tensors()[name] if owner in self._replicas else None
+            own = self._ranks.replicas[owner][stage].tensors()[name] if owner in self._ranks.replicas else None
             if self._remote is None:
                 assert own is not None
                 result[name] = own.detach().to("cpu", copy=True)
@@ -585,10 +435,9 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = (*self.graph.parameters, *self.graph.buffers)
         self._loads += 1
-        for replicas in self._replicas.values():
-            for replica in replicas.values():
-                copy_into(replica.tensors(), state, names)
-                replica.written()
+        for replica in self._ranks.every_replica:
+            copy_into(replica.tensors(), state, names)
+            replica.written()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, optimizer and scheduler state and the step count to a folder.
@@ -597,7 +446,7 @@ class Engine(AbstractContextManager["Engine"]):
         Collective under `torchrun`: every rank calls it, with a path that all reach.
         """
         scale = None if self._scaler is None else self._scaler.state_dict()
-        checkpoint.save(path, self.graph, self._owned(), Progress(self._step, self._calls, scale))
+        checkpoint.save(path, self.graph, self._ranks.owned, Progress(self._step, self._calls, scale))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote, under this or any other plan.
@@ -606,20 +455,10 @@ class Engine(AbstractContextManager["Engine"]):
             CheckpointError: files are missing or altered, or the checkpoint is another model's.
         """
         self._loads += 1
-        replicas = [replica for held in self._replicas.values() for replica in held.values()]
-        progress = checkpoint.load(path, self.graph, replicas)
+        progress = checkpoint.load(path, self.graph, self._ranks.every_replica)
         self._step, self._calls = progress.step, progress.calls
         if self._scaler is not None and progress.loss_scale is not None:
             self._scaler.load_state_dict(progress.loss_scale)
-
-    def _owned(self) -> list[StageReplica]:
-        """The stages whose first replica is here: those that this process saves."""
-        return [
-            replica
-            for rank, replicas in self._replicas.items()
-            for index, replica in replicas.items()
-            if self.plan.stages[index].devices[0] == rank
-        ]
 
     @property
     def num_steps(self) -> int:
@@ -652,30 +491,6 @@ class Engine(AbstractContextManager["Engine"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _resolve_devices(
-    plan: Plan, devices: Sequence[torch.device | str] | None, *, distributed: bool
-) -> tuple[torch.device, ...]:
-    """A torch device for each rank. One process per GPU under `torchrun`, else as the cluster names them."""
-    if devices is not None:
-        if len(devices) != plan.num_ranks:
-            raise EngineError(f"{len(devices)} devices for {plan.num_ranks} ranks; give one for each")
-        return tuple(torch.device(d) for d in devices)
-    resolved = []
-    for rank in range(plan.num_ranks):
-        if plan.cluster.devices[rank].kind != "cuda":
-            resolved.append(torch.device("cpu"))
-            continue
-        count = torch.cuda.device_count()
-        if not count or (rank >= count and not distributed):
-            raise EngineError(
-                f"rank {rank} is on {plan.cluster.devices[rank].name!r} and this machine has {count} CUDA devices; "
-                "plan for the devices there are, or pass devices="
-            )
-        local = int(os.environ.get("LOCAL_RANK", rank)) if distributed else rank
-        resolved.append(torch.device("cuda", local % count))
-    return tuple(resolved)
 
 
 def _batch_failure(error: BatchError, rank: int, step: int) -> LayerFailure:

@@ -167,7 +167,7 @@ def over_gloo(rank: int) -> None:
             with pf.Engine(ours, plan, adam) as engine:
                 engine.step(sample_batch(graph, 8))
                 after = engine.state_dict()
-                for replica in engine._replicas[rank].values():
+                for replica in engine._ranks.replicas[rank].values():
                     for name in replica.borrowed & replica.tensors().keys():
                         assert torch.equal(replica.tensors()[name], after[name])
 
@@ -210,7 +210,7 @@ def test_stages_hold_the_bytes_that_plans_count(data: st.DataObject) -> None:
     plan = data.draw(plans(unit_costs(graph), max_replicas=1, graph_digest=graph.digest))
     with pf.Engine(graph, plan, torch.optim.SGD) as engine:
         for index, held in enumerate(held_bytes(plan.costs, [stage.layers for stage in plan.stages])):
-            replica = engine._replicas[plan.stages[index].devices[0]][index]
+            replica = engine._ranks.replicas[plan.stages[index].devices[0]][index]
             assert held.all == sum(p.nbytes for p in replica.parameters.values())
             assert held.own == held.trained - sum(replica.parameters[n].nbytes for n in replica.copied)
 
@@ -223,7 +223,7 @@ def test_copies_are_the_same_bits_on_every_rank() -> None:
             engine.step(sample_batch(graph, n))
         weights = [
             stage.tensors()["embed.weight"]
-            for held in engine._replicas.values()
+            for held in engine._ranks.replicas.values()
             for stage in held.values()
             if "embed.weight" in stage.tensors()
         ]
@@ -327,7 +327,7 @@ def test_copies_in_half_types_have_masters_that_stay_alike() -> None:
     with pf.Engine(graph, plan, adam, precision=precision) as engine:
         for batch in batches:
             assert engine.step(batch).loss == pytest.approx(reference.step(batch).loss, rel=1e-2)
-        stages = [stage for held in engine._replicas.values() for stage in held.values()]
+        stages = [stage for held in engine._ranks.replicas.values() for stage in held.values()]
         masters = [stage.parameters["embed.weight"] for stage in stages if "embed.weight" in stage.parameters]
         assert all(torch.equal(masters[0], master) for master in masters)
         assert masters[0].allclose(reference.state_dict()["embed.weight"], atol=3e-3)

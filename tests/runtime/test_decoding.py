@@ -163,7 +163,7 @@ def decoding_ranks(rank: int) -> tuple[list[Tensor], set[int], list[str]]:
         with engine.decode(8) as session:
             session.step({"tokens": sequences(8, 3)})
             kept = slots_by_layer(engine)["attend"]
-        assert not any(job.session for job in engine._executors)
+        assert not any(job.session for job in engine._ranks._executors)
         with engine.decode(8) as session:
             try:
                 session.step({"tokens": sequences(7 if rank == 1 else 8, 3)})
@@ -175,7 +175,7 @@ def decoding_ranks(rank: int) -> tuple[list[Tensor], set[int], list[str]]:
 def slots_by_layer(engine: pf.Engine) -> dict[str, set[int]]:
     """The first samples of the micro-batches whose states are kept in this process, by layer."""
     found: dict[str, set[int]] = {}
-    for job, executors in engine._executors.items():
+    for job, executors in engine._ranks._executors.items():
         if job.session is None:
             continue
         for executor in executors.values():

@@ -102,7 +102,7 @@ def test_what_is_frozen_is_neither_computed_nor_sent_nor_summed(
     computed: Counter[str] = Counter()
     with pf.Engine(graph, make_plan(graph, STAGES, num_microbatches=NUM_MICROBATCHES), sgd) as engine:
         before = engine.state_dict()
-        for replicas in engine._replicas.values():
+        for replicas in engine._ranks.replicas.values():
             for replica in replicas.values():
                 for name, parameter in replica.parameters.items():
                     if parameter.requires_grad:

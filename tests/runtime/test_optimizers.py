@@ -150,7 +150,7 @@ def run_plateau(rank: int) -> list[float]:
     with pf.Engine(graph, make_plan(graph, REPLICAS), sgd, lr_scheduler=halves) as engine:
         for seed in range(4):
             engine.step(forked_batch(8, seed=seed))
-            replicas = engine._replicas[rank].values()
+            replicas = engine._ranks.replicas[rank].values()
             seen.append({r.optimizer.param_groups[0]["lr"] for r in replicas if r.optimizer}.pop())
     return seen
 

@@ -242,14 +242,14 @@ def seen_by(rank: int) -> bool:
     recorded: list[bool] = []
 
     with pf.Engine(graph, make_plan(graph, FORKED_STAGES), sgd) as engine:
-        for replicas in engine._replicas.values():
+        for replicas in engine._ranks.replicas.values():
             for replica in replicas.values():
                 for module in replica.modules.values():
                     module.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
         batch = forked_batch(3)
         engine.evaluate(batch)
         outputs = engine.predict({"x": batch["x"]}, ["a", "s"])
-        states = [e.state for by_rank in engine._executors.values() for e in by_rank.values()]
+        states = [e.state for by_rank in engine._ranks._executors.values() for e in by_rank.values()]
         held = [slots for state in states for stage in state.stages.values() for slots in stage.live]
         assert recorded
         assert not any(value.requires_grad for value in outputs.values())

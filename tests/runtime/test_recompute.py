@@ -107,7 +107,7 @@ def test_recomputed_layers_run_twice_in_training_and_once_in_inference() -> None
     graph = chain(nn.Linear(4, 4), Counts(), nn.Linear(4, 4))
     plan = recomputing(planned(graph, 1), ["l1"])
     with pf.Engine(graph, plan, lambda p: torch.optim.SGD(p, lr=0.1)) as engine:
-        counts = engine._replicas[0][0].modules["l1"]
+        counts = engine._ranks.replicas[0][0].modules["l1"]
         engine.step(sample_batch(graph, 8))
         assert counts.calls == 2 * 4
         engine.predict(sample_batch(graph, 8))

@@ -175,7 +175,7 @@ def test_replicas_have_the_same_bits_and_evaluate_after_accumulating() -> None:
             engine.accumulate(batch)
             reference.accumulate(batch)
             assert engine.evaluate(batch).loss == pytest.approx(reference.evaluate(batch).loss, rel=1e-12)
-        held = [engine._replicas[rank][1].tensors() for rank in (0, 1, 2)]
+        held = [engine._ranks.replicas[rank][1].tensors() for rank in (0, 1, 2)]
     for name, value in held[0].items():
         assert all(torch.equal(value, other[name]) for other in held)
         assert name not in reference.state_dict() or value.allclose(reference.state_dict()[name], rtol=1e-12)
