@@ -74,6 +74,8 @@ def _check_devices(partition: Partition, problem: PartitionProblem) -> None:
         _require(counts == problem.replicas, f"replicas {counts}, not {problem.replicas} as asked for")
     if problem.max_replicas is not None:
         _require(max(counts) <= problem.max_replicas, f"replicas {counts}, more than {problem.max_replicas}")
+    uneven = [count for count in counts if not problem.allows(count)]
+    _require(not uneven, f"{uneven} replicas do not divide {problem.num_microbatches} micro-batches evenly")
     for index, stage in enumerate(partition.stages):
         stuck = [name for name in stage.layers if not problem.costs.layer_by_name[name].replicable]
         _require(
