@@ -122,7 +122,7 @@ def _is_valid(problem: PartitionProblem, stages: Sequence[Stage]) -> bool:
         return False
     if problem.stage_count not in (None, len(stages)) or len(stages) > (problem.max_stages or len(stages)):
         return False
-    if max(counts) > problem.replica_limit:
+    if max(counts) > problem.replica_limit or not all(problem.allows(count) for count in counts):
         return False
     layers = problem.costs.layer_by_name
     if any(s.num_replicas > 1 and not all(layers[n].replicable for n in s.layers) for s in stages):
