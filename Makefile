@@ -33,7 +33,7 @@ demo: setup ## train a small CNN on real digits as a pipeline on 3 devices, in o
 	$(BIN)/pipeflow train examples/digits.py
 
 test: setup ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS) $(TESTS)
 
 check: setup ## format, lint, types, tests: what CI runs
 	$(BIN)/ruff format --check .
@@ -43,7 +43,7 @@ check: setup ## format, lint, types, tests: what CI runs
 
 # FUZZ_FACTOR times the examples of the tests, but at most FUZZ_SECONDS for each law; says how many held.
 fuzz: setup ## the laws on fresh random draws, many more than the tests take, in the time there is
-	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m hypothesis $(ARGS) $(TESTS)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m hypothesis $(ARGS) $(TESTS)
 
 bench: setup ## planning times, and pipeflow beside torch.distributed.pipelining and an earlier commit
 	$(BIN)/python -m benchmarks.planning

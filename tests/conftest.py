@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+# One thread in every process, before torch is loaded: kernels round by the number of threads, and a process per
+# rank has its share of the cores while the reference beside it would have all.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 settings.register_profile(
     "suite",
     derandomize=True,

@@ -4,6 +4,10 @@ One rank is one process. Data, gradient sums and agreement between ranks travel 
 groups of their own, so that none waits behind another. Object collectives are not used: they
 unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
 
+Over gloo, what goes to higher ranks and what goes to lower ones use two groups [3]: a connection
+has a lock, and gloo's thread spins on it when data arrives while the rank's own thread, which posts
+a send, holds it and is not running. On two cores that took half of a step of small layers.
+
 Messages are tagged with how large the micro-batches are, so that ranks which disagree about that
 never take each other's data but wait; a watch on each rank, which costs a step nothing, then
 compares what they have through the store and breaks the groups [2].
@@ -183,18 +187,18 @@ class DistributedTransport:
         store = PrefixStore(f"engine/{digest}", dist.distributed_c10d._get_default_store())
         # An engine that follows a failed one must not read its record.
         self._store = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        self._up, self._down = (dist.new_group(backend="gloo") for _ in range(2))  # [3]
         self._data: dict[tuple[int, int], Any] = {}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        shared = None if backend == "nccl" else dist.new_group(backend=backend)
         for source, target in channels:
             # NCCL runs a communicator's calls one after another: each channel needs its own.
-            group = shared or dist.new_group(sorted((source, target)), backend=backend)
-            self._data[source, target] = group
+            nccl = dist.new_group(sorted((source, target)), backend=backend) if backend == "nccl" else None
+            self._data[source, target] = nccl or self._towards(source, target)
         self._reduce = {s: dist.new_group(sorted(r), backend=backend) for s, r in enumerate(placement) if len(r) > 1}
         self._shared = {
             stages: dist.new_group(ranks, backend=backend) for stages, ranks in sharing.items() if len(ranks) > 1
         }
-        self._world = shared or dist.new_group(backend=backend)
+        self._world = dist.new_group(backend=backend) if backend == "nccl" else self._up
         self._channels: dict[int, _Channel] = {}
         self._cut = even_cut(0, 1)
         self._tag = 0
@@ -204,6 +208,9 @@ class DistributedTransport:
         threading.Thread(target=self._watch, name=f"pipeflow-watch-{self.rank}", daemon=True).start()
         self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
         self._sent: dict[int, deque[_Sent]] = {}
+
+    def _towards(self, source: int, target: int) -> Any:
+        return self._up if source < target else self._down
 
     def _check_digest(self, digest: str) -> None:
         mine = torch.tensor(list(hashlib.sha256(digest.encode()).digest()), dtype=torch.uint8)
@@ -356,8 +363,8 @@ class DistributedTransport:
         peers = [rank for rank in range(num_ranks) if rank != self.rank]
         parts = {self.rank: values} | {peer: torch.empty_like(values) for peer in peers}
         try:
-            works = [self._control.recv([parts[peer]], peer, _SHARE_TAG) for peer in peers]
-            works += [self._control.send([values], peer, _SHARE_TAG) for peer in peers]
+            works = [self._towards(peer, self.rank).recv([parts[peer]], peer, _SHARE_TAG) for peer in peers]
+            works += [self._towards(self.rank, peer).send([values], peer, _SHARE_TAG) for peer in peers]
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 
@@ -425,14 +432,9 @@ class DistributedTransport:
 
     def abort(self) -> None:
         """Breaks all groups of this rank: whoever waits for it, or it for whom, stops waiting."""
-        groups = {
-            id(g): g
-            for g in (self._control, self._world, *self._data.values(), *self._reduce.values(), *self._shared.values())
-        }
-        for group in groups.values():
-            if self.rank not in (ranks := dist.get_process_group_ranks(group)):
-                continue
-            if self._device.type == "cuda" and group is not self._control:
+        for group in self._groups:
+            ranks = dist.get_process_group_ranks(group)
+            if dist.get_backend(group) == "nccl":
                 with suppress(RuntimeError):
                     group.abort()
                 continue
@@ -441,10 +443,17 @@ class DistributedTransport:
                     with suppress(RuntimeError):  # [1]: the time-out is the point
                         group.recv([torch.empty(1)], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
 
+    @property
+    def _groups(self) -> list[Any]:
+        """All groups that this rank is in."""
+        data = (self._up, self._down, *self._data.values())
+        groups = {id(g): g for g in (self._control, self._world, *data, *self._reduce.values(), *self._shared.values())}
+        return [g for g in groups.values() if self.rank in dist.get_process_group_ranks(g)]
+
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""
         self._closed.set()
-        for group in (*self._reduce.values(), *self._shared.values(), self._control):
+        for group in self._groups:
             with suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(group)
 
