@@ -40,8 +40,7 @@ def refuse_synchronised(name: str, function: Callable[..., Any]) -> None:
     if isinstance(function, nn.Module) and any(isinstance(m, nn.SyncBatchNorm) for m in function.modules()):
         raise GraphError(
             f"layer {name!r} has a SyncBatchNorm, which talks to every rank of the job, those of other stages too; use "
-            "BatchNorm, whose statistics replicas agree on, larger micro-batches if these are too small for it, and "
-            "batch_norm='deferred' for running statistics of whole batches"
+            "BatchNorm and give the engine batch_norm='synchronised', which does the same among the replicas of a stage"
         )
 
 

@@ -72,7 +72,9 @@ class Engine(AbstractContextManager["Engine"]):
             "raise" NonFiniteError on every rank, or "skip" the step on every rank.
         batch_norm: when running statistics of torch's norms move: after each "microbatch", as they do
             on one device; or "deferred", once a batch, by the statistics of all of it. What norms
-            divide by is a micro-batch's own either way.
+            divide by is a micro-batch's own either way. "synchronised": batch-norms divide by the
+            statistics of all micro-batches that the replicas of their stage run at the same time, as
+            torch's SyncBatchNorm does, and move by these; replicas then wait for each other.
         precision: the types to train in: autocast, scaled losses, float32 masters, the type of
             sums over replicas; by default those that the graph declares.
         seed: for lazily built layers and random ones. The same seed gives the same training
@@ -110,7 +112,7 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        prepared = prepare(graph, plan)
+        prepared = prepare(graph, plan, synchronised=check_choice(batch_norm) == "synchronised")
         self.graph = graph
         self.plan = plan
         self._step = 0
@@ -137,7 +139,7 @@ class Engine(AbstractContextManager["Engine"]):
             ),
             precision=self._precision,
             numerics=numerics,
-            batch_norm=check_choice(batch_norm),
+            batch_norm=batch_norm,
             seed=seed,
             devices=own_devices,
             measure=measure,

@@ -6,7 +6,8 @@ Checks, in this order, and each refusal names the actions that show it:
        all it needs; nothing is used after it is freed, and everything is freed    (`rank_check`)
     2. each channel: receives stand in the order of the sends
     3. reductions: all ranks start those they share in one order
-    4. no cyclic wait: the programs are played abstractly under the named semantics
+    4. no cyclic wait: the programs are played abstractly under the named semantics, replicas that
+       compute in lockstep waiting for each other
     5. peak bytes fit the devices                                       (`pipeflow.memory`)
 
 It believes nothing that lowering did: it reads the plan's stages and routes and the program's
@@ -16,6 +17,7 @@ actions. It knows nothing of time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -25,7 +27,19 @@ from pipeflow.errors import PlanError, VerificationError
 from pipeflow.execution_plan import Plan
 from pipeflow.lowering import lower
 from pipeflow.memory import Peak, peak_by_rank, peak_story
-from pipeflow.program import Mode, Program, Receive, Reduce, ReduceShared, Reduction, Send, Step, ranks_of, stages_of
+from pipeflow.program import (
+    Compute,
+    Mode,
+    Program,
+    Receive,
+    Reduce,
+    ReduceShared,
+    Reduction,
+    Send,
+    Step,
+    ranks_of,
+    stages_of,
+)
 from pipeflow.rank_check import Messages, check_ranks
 from pipeflow.units import format_bytes
 from pipeflow.wiring import Wiring, wire
@@ -53,13 +67,21 @@ class Proof:
     peak_bytes_by_rank: tuple[int, ...]
 
 
-def verify(plan_or_program: Plan | Program, *, plan: Plan | None = None, semantics: Semantics = "posted") -> Proof:
+def verify(
+    plan_or_program: Plan | Program,
+    *,
+    plan: Plan | None = None,
+    semantics: Semantics = "posted",
+    lockstep: Collection[int] = (),
+) -> Proof:
     """Proves that every rank reaches the end of its program with everything computed.
 
     Args:
         plan_or_program: a plan, which is lowered for training; or a program.
         plan: what the program is for; needed with a program, and only then.
         semantics: see `Semantics`. pipeflow's transports are "posted".
+        lockstep: stages whose replicas wait for each other in every compute, since they have synchronised
+            norms: with R replicas, micro-batches gR to gR + R - 1 are computed together.
 
     Raises:
         VerificationError: with the shortest counterexample that was found.
@@ -72,7 +94,7 @@ def verify(plan_or_program: Plan | Program, *, plan: Plan | None = None, semanti
     messages = check_ranks(program, wiring)
     _check_channels(messages)
     _check_reductions(program)
-    _Play(program, semantics).run()
+    _Play(program, semantics, frozenset(lockstep)).run()
     peaks = peak_by_rank(program, plan, wiring)
     for rank, peak in enumerate(peaks):
         _check_memory(plan, program, wiring, rank, peak)
@@ -142,13 +164,20 @@ class _Play:
     for all of them. Expects programs whose channels match.
     """
 
-    def __init__(self, program: Program, semantics: Semantics) -> None:
+    def __init__(self, program: Program, semantics: Semantics, lockstep: frozenset[int]) -> None:
         self.placement = program.placement
+        self.num_microbatches = program.num_microbatches
         self.rendezvous = semantics == "rendezvous"
         self.actions = [
-            [a for a in actions if isinstance(a, Send | Receive | Reduce | ReduceShared | Step)]
+            [
+                a
+                for a in actions
+                if isinstance(a, Send | Receive | Reduce | ReduceShared | Step)
+                or (isinstance(a, Compute) and a.stage in lockstep)
+            ]
             for actions in program.actions_by_rank
         ]
+        self.met: dict[Compute, set[int]] = {}
         self.position = [0] * program.num_ranks
         self.num_in_channel: dict[tuple[int, int], int] = {}
         self.reached: dict[Reduction, set[int]] = {}
@@ -187,6 +216,12 @@ class _Play:
             if isinstance(action, Step):
                 if self._missing(action.stage):
                     break
+            elif isinstance(action, Compute):
+                head, members = self._group(action)
+                self.met.setdefault(head, set()).add(rank)
+                if self._absent(action):
+                    break
+                woken.update(members)
             elif isinstance(action, Reduce | ReduceShared):
                 self.reached.setdefault(action, set()).add(rank)
                 woken.update(ranks_of(self.placement, action))
@@ -224,10 +259,23 @@ class _Play:
             missing.update(set(ranks_of(self.placement, reduction)) - self.reached.get(reduction, set()))
         return sorted(missing)
 
+    def _group(self, compute: Compute) -> tuple[Compute, list[int]]:
+        """What stands for all computes of a group in lockstep, and the ranks that take part."""
+        ranks = self.placement[compute.stage]
+        first = compute.microbatch // len(ranks) * len(ranks)
+        return compute._replace(microbatch=first), list(ranks[: self.num_microbatches - first])
+
+    def _absent(self, compute: Compute) -> list[int]:
+        """Ranks that have not come to their compute of a group."""
+        head, members = self._group(compute)
+        return sorted(set(members) - self.met.get(head, set()))
+
     def _waits_for(self, rank: int) -> list[int]:
         action = self.actions[rank][self.position[rank]]
         if isinstance(action, Send | Receive):
             return [action.peer]
+        if isinstance(action, Compute):
+            return self._absent(action)
         assert isinstance(action, Step), "a rank waits at nothing else"
         return self._missing(action.stage)
 

@@ -11,6 +11,7 @@ wait for each other in vain.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,6 +40,7 @@ from pipeflow.runtime.messages import Messages
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.reduction import reduce_gradients
 from pipeflow.runtime.stage import Slots
+from pipeflow.runtime.synchronised_norm import Group
 from pipeflow.runtime.transport import Payload, Transport
 
 Closure = Callable[[], None]
@@ -163,13 +165,35 @@ class Binder:
         statistics, sizes = self.state.stages[index].replica.statistics, self.state.sizes
         if statistics is None or not self.train:
             return forward
+        group = self._group(index, m)
 
         def recorded() -> None:
             if sizes[m]:
-                with statistics.microbatch(m):
+                with statistics.microbatch(m, group()):
                     forward()
 
         return recorded
+
+    def _group(self, index: int, m: int) -> Callable[[], Group | None]:
+        """Which micro-batches norms of the stage divide by together: those that its replicas run at the same time."""
+        statistics, sizes = self.state.stages[index].replica.statistics, self.state.sizes
+        ranks, transport = self.placement[index], self.transport
+        if statistics is None or not statistics.is_synchronised or len(ranks) == 1:
+            return lambda: None
+        first = m // len(ranks) * len(ranks)
+
+        def group() -> Group | None:
+            members = [n for n in range(first, min(first + len(ranks), len(sizes))) if sizes[n]]
+            others = [ranks[n % len(ranks)] for n in members if n != m]
+            position = members.index(m)
+
+            def gather(row: Tensor) -> Tensor:
+                rows = transport.exchange(others, row)
+                return torch.stack([*rows[:position], row, *rows[position:]])
+
+            return Group(len(members), gather) if others else None
+
+        return group
 
     def _backward(self, index: int, m: int) -> Closure:
         state, stage = self.state, self.state.stages[index]
@@ -178,6 +202,8 @@ class Binder:
         roots = [(root.slot, root.parts[-1], root.parts[-2::-1]) for root in compiled.roots]
         losses = compiled.loss_slots
         keyed_layers = stage.keyed_layers if compiled.segments else []
+        statistics = stage.replica.statistics if compiled.segments else None
+        group = self._group(index, m)
         leaf_by_part = {leaf.part: leaf.slot for leaf in compiled.leaves if leaf.needs_gradient}
         handover = [
             (self.state.stages[route.target].gradients, part, leaf_by_part[part])
@@ -207,7 +233,9 @@ class Binder:
                     tensors.append(slots[slot])
                     upstream.append(seeds[name][m])
             if tensors:
-                run_backward(tensors, upstream)
+                # What is computed again is normalised as it was.
+                with nullcontext() if statistics is None else statistics.synchronised(group()):
+                    run_backward(tensors, upstream)
             if row:
                 row.clear()
             for target, part, slot in handover:

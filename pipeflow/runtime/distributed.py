@@ -46,6 +46,7 @@ from pipeflow.runtime.transport import Aborted, Payload
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
 _ABORT_TAG = (1 << 31) - 1
 _SHARE_TAG = 0
+_EXCHANGE_TAG = (1 << 31) - 2
 _DIRECT_RANKS = 8  # up to so many ranks share losses directly, more by an all-reduce
 _WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
 _REMEMBERED = 1 << 16  # shapes that are kept; then all are worked out anew
@@ -360,21 +361,36 @@ class DistributedTransport:
         if num_ranks > _DIRECT_RANKS:
             return self._start_sum(values, self._control)
         # Few ranks tell each other: the last to compute, for whom all wait, then waits for nobody.
-        peers = [rank for rank in range(num_ranks) if rank != self.rank]
-        parts = {self.rank: values} | {peer: torch.empty_like(values) for peer in peers}
+        wait = self._start_exchange([rank for rank in range(num_ranks) if rank != self.rank], values, _SHARE_TAG)
+
+        def total() -> Tensor:
+            others = wait()
+            return torch.stack([*others[: self.rank], values, *others[self.rank :]]).sum(0)
+
+        return total
+
+    def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
+        return self._start_exchange(peers, values, _EXCHANGE_TAG)()
+
+    def _start_exchange(self, peers: Sequence[int], values: Tensor, tag: int) -> Callable[[], list[Tensor]]:
+        """Gives a small CPU tensor to the peers; the result waits and gives theirs."""
+        received = [torch.empty_like(values) for _ in peers]
         try:
-            works = [self._towards(peer, self.rank).recv([parts[peer]], peer, _SHARE_TAG) for peer in peers]
-            works += [self._towards(self.rank, peer).send([values], peer, _SHARE_TAG) for peer in peers]
+            works = [
+                self._towards(peer, self.rank).recv([part], peer, tag)
+                for peer, part in zip(peers, received, strict=True)
+            ]
+            works += [self._towards(self.rank, peer).send([values], peer, tag) for peer in peers]
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 
-        def wait() -> Tensor:
+        def wait() -> list[Tensor]:
             try:
                 for work in works:
                     work.wait()
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
-            return torch.stack([parts[rank] for rank in range(num_ranks)]).sum(0)
+            return received
 
         return wait
 

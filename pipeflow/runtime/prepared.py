@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from pipeflow.errors import PlanError
@@ -34,8 +34,11 @@ class Prepared:
     peak_bytes_by_rank: tuple[int, ...]
 
 
-def prepare(graph: LayerGraph, plan: Plan) -> Mapping[str | None, Prepared]:
+def prepare(graph: LayerGraph, plan: Plan, *, synchronised: bool = False) -> Mapping[str | None, Prepared]:
     """The whole graph, under None, and each of its phases.
+
+    Args:
+        synchronised: whether batch-norms divide by what all replicas of their stage see.
 
     Raises:
         PlanError: the plan is for another graph, or asks for what this version does not run.
@@ -43,9 +46,11 @@ def prepare(graph: LayerGraph, plan: Plan) -> Mapping[str | None, Prepared]:
     """
     graph.check()
     _check_match(graph, plan)
-    whole = _prepare(graph, plan)
+    lockstep = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if synchronised and layer.norm_calls}
+    whole = _prepare(graph, plan, lockstep)
     _check_steps(graph, plan, whole.programs[Mode.TRAIN])
-    return {None: whole, **{name: _prepare(graph.in_phase(name), plan.in_phase(name)) for name in graph.phases}}
+    phases = {name: _prepare(graph.in_phase(name), plan.in_phase(name), lockstep) for name in graph.phases}
+    return {None: whole} | phases
 
 
 def in_types(prepared: Mapping[str | None, Prepared], numerics: Numerics) -> Mapping[str | None, Prepared]:
@@ -61,8 +66,8 @@ def in_types(prepared: Mapping[str | None, Prepared], numerics: Numerics) -> Map
     }
 
 
-def _prepare(graph: LayerGraph, plan: Plan) -> Prepared:
-    proof = verify(plan)
+def _prepare(graph: LayerGraph, plan: Plan, lockstep: Collection[int]) -> Prepared:
+    proof = verify(plan, lockstep=lockstep)
     programs = {mode: lower(plan, mode=mode) for mode in Mode}
     return Prepared(
         graph, programs, flows(plan.costs, [stage.layers for stage in plan.stages]), proof.peak_bytes_by_rank

@@ -146,15 +146,19 @@ class StageReplica:
             self.masters.freeze_alike()
 
     def record_statistics(self, graph: LayerGraph, choice: BatchNormChoice, *, num_replicas: int) -> None:
-        """Lets norms record what they see, where replicas exchange it or it is taken in once a batch.
+        """Lets norms record what they see, where replicas share or exchange it or it is taken in once a batch.
 
         Raises:
-            PlanError: a norm is to be deferred whose forward is not torch's.
+            PlanError: a norm is to be deferred or synchronised that is not torch's, or has no running statistics.
         """
         if num_replicas > 1 or choice == "deferred":
             layers = [graph.layers[name] for name in self.layers]
             statistics = RunningStatistics(
-                layers, self.modules, deferred=choice == "deferred", is_alone=num_replicas == 1
+                layers,
+                self.modules,
+                deferred=choice == "deferred",
+                num_replicas=num_replicas,
+                synchronised=choice == "synchronised",
             )
             self.statistics = statistics or None
 

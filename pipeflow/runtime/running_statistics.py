@@ -15,6 +15,10 @@ torch's norm moves them that sees the whole batch [4]; that is so on one replica
 a norm in a micro-batch is a norm of its own in this. After torchgpipe's DeferredBatchNorm (Kim et
 al., 2020), which departs from torch where it takes the biased variance of the batch; this does not.
 
+Synchronised, batch-norms divide by the statistics of a group of micro-batches, those that the
+replicas run at the same time (`pipeflow.runtime.synchronised_norm`); all of a group have seen the
+same, and the replay takes it in once [5]. Without replicas a group is one micro-batch.
+
 As in torch, a forward has updated the statistics whatever becomes of its gradients: those of
 `accumulate`, and of a step that is not finite and is skipped or stopped, count like any other.
 """
@@ -32,10 +36,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeflow.errors import EngineError, PlanError
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.norms import Norm, tracking_norms
+from pipeflow.runtime.synchronised_norm import Group, normalise
 from pipeflow.runtime.transport import Transport
 
-BatchNormChoice = Literal["microbatch", "deferred"]
-"""When running statistics move: after each micro-batch, as on one device; or once for all of a batch."""
+BatchNormChoice = Literal["microbatch", "deferred", "synchronised"]
+"""What batch-norms divide by and when running statistics move: by each micro-batch, as on one device;
+the same, but they move once for all of a batch; or by all micro-batches that replicas run at once."""
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and unbiased variance of each channel, over samples and positions."""
@@ -49,7 +55,8 @@ def check_choice(choice: BatchNormChoice) -> BatchNormChoice:
     """
     if choice not in get_args(BatchNormChoice):
         raise EngineError(
-            f"batch_norm={choice!r}; running statistics move after each 'microbatch', or once a batch, 'deferred'"
+            f"batch_norm={choice!r}; running statistics move after each 'microbatch', or once a batch, 'deferred', or "
+            "norms of a stage's replicas are 'synchronised'"
         )
     return choice
 
@@ -69,10 +76,11 @@ class RunningStatistics:
         layers: of the stage, in the order in which they run.
         modules: of the layers that are modules. Their norms no longer update in training; this does.
         deferred: whether running statistics move once a batch.
-        is_alone: whether the stage has no other replica to exchange with.
+        num_replicas: of the stage; with several they exchange what they saw.
+        synchronised: whether batch-norms divide by the statistics of all replicas.
 
     Raises:
-        PlanError: a norm is to be deferred whose forward is not torch's.
+        PlanError: a norm is to be deferred or synchronised that is not torch's, or has no running statistics.
     """
 
     def __init__(
@@ -81,12 +89,15 @@ class RunningStatistics:
         modules: Mapping[str, nn.Module],
         *,
         deferred: bool = False,
-        is_alone: bool = False,
+        num_replicas: int = 1,
+        synchronised: bool = False,
     ) -> None:
-        self.is_alone = is_alone
+        self.is_alone = num_replicas == 1
+        self.is_synchronised = synchronised
+        self._num_replicas = num_replicas
         self._deferred = deferred
-        if deferred:
-            _check_known(modules)
+        if deferred or synchronised:
+            _check_known(modules, "synchronised" if synchronised else "deferred")
         self._every: list[tuple[str, Norm]] = []
         for layer in layers:
             for path in layer.norm_calls:
@@ -98,6 +109,7 @@ class RunningStatistics:
             self._record(norm)
         self._seen: dict[int, list[_Seen]] = {}
         self._current: list[_Seen] | None = None
+        self._group: Group | None = None
 
     def __bool__(self) -> bool:
         return bool(self._every)
@@ -108,10 +120,14 @@ class RunningStatistics:
         def record(input: Tensor) -> Tensor:
             if not norm.training:
                 return forward(input)
-            with _forgetful(norm) as statistics:
-                output = forward(input)
+            if self._group is not None and isinstance(norm, _BatchNorm):
+                output, count, statistics = normalise(norm, input, self._group)
+            else:
+                count = _count(norm, input)
+                with _forgetful(norm) as statistics:
+                    output = forward(input)
             if self._current is not None:  # a forward that is computed again has been seen
-                self._current.append(_Seen(norm, _count(norm, input), statistics))
+                self._current.append(_Seen(norm, count, statistics))
             return output
 
         norm.forward = record  # type: ignore[method-assign]  # torch calls what the instance has
@@ -122,15 +138,25 @@ class RunningStatistics:
         self._seen.clear()
 
     @contextmanager
-    def microbatch(self, index: int) -> Iterator[None]:
-        """What norms see meanwhile is of this micro-batch.
+    def synchronised(self, group: Group | None) -> Iterator[None]:
+        """Norms that are called meanwhile divide by the statistics of the group, if there is one."""
+        self._group = group
+        try:
+            yield
+        finally:
+            self._group = None
+
+    @contextmanager
+    def microbatch(self, index: int, group: Group | None = None) -> Iterator[None]:
+        """What norms see meanwhile is of this micro-batch, and of the group that it is synchronised with.
 
         Raises:
             EngineError: other norms were called than when the graph was described.
         """
         self._current = self._seen[index] = []
         try:
-            yield
+            with self.synchronised(group):
+                yield
         finally:
             self._current = None
         if [seen.norm for seen in self._seen[index]] != [norm for _, norm in self.calls]:
@@ -163,7 +189,7 @@ class RunningStatistics:
             parts = [
                 part
                 for seen, n in zip(calls, counts, strict=True)
-                for part in (*map(Tensor.double, seen.statistics), n)
+                for part in (*(s.to(device, torch.float64) for s in seen.statistics), n)
             ]
             table[m] = torch.cat(parts)
         return table
@@ -176,9 +202,17 @@ class RunningStatistics:
             for (_, norm), (means, variances, counts) in zip(self.calls, triples, strict=True):
                 update(norm, join(norm, means[present], variances[present], counts[present]))
             return
+        heads = self._first_of_groups(present)
         for m in present:
             for (_, norm), (means, variances, _) in zip(self.calls, triples, strict=True):
-                update(norm, (means[m], variances[m]))
+                if m in heads or not isinstance(norm, _BatchNorm):
+                    update(norm, (means[m], variances[m]))
+
+    def _first_of_groups(self, present: Sequence[int]) -> frozenset[int]:
+        """[5] The micro-batches whose statistics batch-norms take in: of those that saw the same, the first."""
+        if not self.is_synchronised:
+            return frozenset(present)
+        return frozenset({m // self._num_replicas: m for m in reversed(present)}.values())
 
 
 def join(norm: Norm, means: Tensor, variances: Tensor, counts: Tensor) -> Statistics:
@@ -204,14 +238,17 @@ def _count(norm: Norm, input: Tensor) -> int:
     return 1 if input.dim() == norm._get_no_batch_dim() else len(input)  # type: ignore[no-untyped-call]  # torch's
 
 
-def _check_known(modules: Mapping[str, nn.Module]) -> None:
+def _check_known(modules: Mapping[str, nn.Module], choice: BatchNormChoice) -> None:
     for name, module in modules.items():
         known = set(tracking_norms(module).values())
         for norm in module.modules():
-            if isinstance(norm, Norm) and norm.track_running_stats and norm not in known:
+            if not isinstance(norm, Norm) or norm in known:
+                continue
+            if norm.track_running_stats or (choice == "synchronised" and isinstance(norm, _BatchNorm)):
+                lacks = "with a forward of its own" if norm.track_running_stats else "without running statistics"
                 raise PlanError(
-                    f"layer {name!r} has a {type(norm).__name__} with a forward of its own, whose statistics cannot be "
-                    "deferred; use torch's norm, or batch_norm='microbatch'"
+                    f"layer {name!r} has a {type(norm).__name__} {lacks}, which cannot be {choice}; use torch's norm "
+                    "with track_running_stats=True, or batch_norm='microbatch'"
                 )
 
 

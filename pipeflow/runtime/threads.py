@@ -63,13 +63,16 @@ class Exchange:
         self.num_ranks = num_ranks
         self.placement = placement
         self._lock = threading.Lock()
-        self._channels: dict[tuple[int, int], SimpleQueue[object]] = {}
+        self._channels: dict[tuple[str, int, int], SimpleQueue[object]] = {}
         self._sums: dict[tuple[str, object], list[tuple[_Sum, set[int]]]] = {}
         self.aborted = False
 
-    def channel(self, source: int, target: int) -> SimpleQueue[object]:
+    def channel(self, source: int, target: int, kind: str = "data") -> SimpleQueue[object]:
         with self._lock:
-            return self._channels.setdefault((source, target), SimpleQueue())
+            channel = self._channels.setdefault((kind, source, target), SimpleQueue())
+            if self.aborted:
+                channel.put(_STOP)
+            return channel
 
     def join_sum(self, kind: str, index: object, rank: int, num_ranks: int) -> _Sum:
         """The first running sum that this rank has not joined yet; the last to join closes it."""
@@ -194,6 +197,14 @@ class ThreadTransport:
         running = self._exchange.join_sum("share", 0, self._rank, self._exchange.num_ranks)
         running.give(self._rank, values)
         return lambda: running.wait(torch.device("cpu"))
+
+    def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
+        for peer in peers:
+            self._exchange.channel(self._rank, peer, "exchange").put(values)
+        received = [self._exchange.channel(peer, self._rank, "exchange").get() for peer in peers]
+        if any(values is _STOP for values in received):
+            raise Aborted
+        return received  # type: ignore[return-value]  # what peers put
 
     def end(self) -> None:
         for sent in self._sent.values():

@@ -51,5 +51,11 @@ class Transport(Protocol):
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
         """Starts to sum a small float64 CPU tensor over all ranks; the result waits and gives the sum."""
 
+    def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
+        """Gives each peer a small float64 CPU tensor and takes theirs of the same shape, in the order of `peers`.
+
+        Between two ranks the k-th exchange of the one is with the k-th of the other; it waits for them.
+        """
+
     def end(self) -> None:
         """A step ends: everything posted has left."""

@@ -288,7 +288,7 @@ def test_deferred_statistics_move_as_torch_moves_them_for_the_whole_batch(
 def test_choices_that_cannot_be_kept_are_refused() -> None:
     graph = normed(pf.lazy(OwnForward, CHANNELS, dtype=torch.float64))
     plan = make_plan(graph, [(list(graph.layers), (0,))])
-    with pytest.raises(PlanError, match="layer 'norm0' has a OwnForward with a forward of its own"):
+    with pytest.raises(PlanError, match="OwnForward with a forward of its own, which cannot be deferred"):
         pf.Engine(graph, plan, sgd, batch_norm="deferred")
     with pytest.raises(EngineError, match="batch_norm='sync'; running statistics move after each 'microbatch'"):
         pf.Engine(graph, plan, sgd, batch_norm="sync")  # type: ignore[arg-type]
