@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,11 @@ from pipeflow.units import format_bytes
 
 RESULT = Path(__file__).parent / "results" / "memory.md"
 
-HEADINGS = ("model", "schedule", "recompute", "optimizer", ">rank", ">predicted", ">counted", ">ratio")
+HEADINGS = ("model", "schedule", "recompute", "offload", "optimizer", ">rank", ">predicted", ">counted", ">ratio")
+
+Saved = tuple[Literal["never", "always"], Literal["never", "always"]]
+SAVED: tuple[Saved, ...] = (("never", "never"), ("always", "never"), ("never", "always"))
+"""What is recomputed, and what is kept on the host."""
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -91,7 +96,7 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def measure(
-    model: Model, costs: pf.GraphCosts, schedule: str, recompute: str, optimizer: Optimizer, ratio: float
+    model: Model, costs: pf.GraphCosts, schedule: str, saved: Saved, optimizer: Optimizer, ratio: float
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(predicted, counted) peak bytes of every rank."""
     plan = pf.plan(
@@ -103,7 +108,8 @@ def measure(
         num_microbatches=model.num_microbatches,
         max_replicas=1,
         schedule=schedule,
-        recompute=recompute,
+        recompute=saved[0],
+        offload=saved[1],
         optimizer_ratio=ratio,
     )
     with pf.Engine(model.graph, plan, optimizer, measure=True, num_threads=1) as engine:
@@ -120,12 +126,12 @@ def main() -> int:
         size = len(next(iter(model.batch.values()))) // model.num_microbatches
         sample = {name: value[:size] for name, value in model.batch.items()}
         costs = pf.profile(model.graph, sample, num_repeats=1, warmup=1)
-        cases = itertools.product(("gpipe", "1f1b"), ("never", "always"), (("SGD", sgd, 0.0), ("Adam", adam, 2.0)))
-        for schedule, recompute, (name, optimizer, ratio) in cases:
-            predicted, counted = measure(model, costs, schedule, recompute, optimizer, ratio)
+        cases = itertools.product(("gpipe", "1f1b"), SAVED, (("SGD", sgd, 0.0), ("Adam", adam, 2.0)))
+        for schedule, saved, (name, optimizer, ratio) in cases:
+            predicted, counted = measure(model, costs, schedule, saved, optimizer, ratio)
             for rank, (a, b) in enumerate(zip(predicted, counted, strict=True)):
                 worst = max(worst, abs(a / b - 1))
-                cells = (model.graph.name, schedule, recompute, name, str(rank))
+                cells = (model.graph.name, schedule, *saved, name, str(rank))
                 rows.append((*cells, format_bytes(a), format_bytes(b), f"{a / b:.3f}"))
     table = plain(Table("", HEADINGS, tuple(rows)))
     text = f"# Peak bytes by rank, predicted and counted\n\n```\n$ python -m benchmarks.memory\n{table}\n```\n\n"

@@ -73,8 +73,10 @@ class LayerCosts(Value):
         parameter_bytes: weights alone; gradients and optimizer state come on top.
         saved_bytes: what forward keeps for backward, outputs of the layer included.
         internal_bytes: of `saved_bytes`, what is neither an input nor an output of the layer; None where
-            that is not known, and then nor are the five that follow.
+            that is not known, and then nor are the six that follow.
         kept_tensors: names of its inputs and outputs that backward needs.
+        fixed_in_place_bytes: of `internal_bytes`, what is kept otherwise than by autograd's saved tensors,
+            and so cannot be offloaded.
         forward_working_bytes: forward allocates so much more meanwhile than is there when it is done.
         bare_working_bytes: the same for a forward that keeps nothing for backward.
         backward_working_bytes: the same for backward, over what is there when it starts.
@@ -99,6 +101,7 @@ class LayerCosts(Value):
     saved_bytes: Bytes = 0
     internal_bytes: Bytes | None = None
     kept_tensors: tuple[str, ...] = ()
+    fixed_in_place_bytes: Bytes = 0
     forward_working_bytes: Bytes = 0
     bare_working_bytes: Bytes = 0
     backward_working_bytes: Bytes = 0
@@ -108,6 +111,11 @@ class LayerCosts(Value):
     statistics_bytes: Bytes = 0
     spread: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     variants: tuple[Variant, ...] = ()
+
+    @property
+    def movable_bytes(self) -> int:
+        """Of `internal_bytes`, what can be on the host between forward and backward."""
+        return (self.internal_bytes or 0) - self.fixed_in_place_bytes
 
     def in_variant(self, name: str, degree: int) -> LayerCosts:
         """The layer with the costs of one of its ways.
@@ -386,6 +394,7 @@ def _working_bytes_at(layer: LayerCosts, ratio: float) -> dict[str, int | None]:
     fixed = layer.backward_fixed_bytes
     return {
         "internal_bytes": None if layer.internal_bytes is None else math.ceil(layer.internal_bytes * ratio),
+        "fixed_in_place_bytes": math.ceil(layer.fixed_in_place_bytes * ratio),
         "forward_working_bytes": math.ceil(layer.forward_working_bytes * ratio),
         "bare_working_bytes": math.ceil(layer.bare_working_bytes * ratio),
         "backward_working_bytes": fixed + math.ceil((layer.backward_working_bytes - fixed) * ratio),

@@ -23,6 +23,7 @@ class LayerMemory:
 
     Attributes:
         internal_bytes: kept for backward, neither inputs nor outputs of the layer nor its state.
+        fixed_in_place_bytes: of these, what is not among autograd's saved tensors.
         kept_tensors: names of its inputs and outputs that backward needs.
         shared_with: of each output that has no memory of its own, the input whose it has.
         forward_bytes: needed meanwhile, over what is there when forward is done.
@@ -32,6 +33,7 @@ class LayerMemory:
     """
 
     internal_bytes: int
+    fixed_in_place_bytes: int
     kept_tensors: tuple[str, ...]
     shared_with: Mapping[str, str]
     forward_bytes: int
@@ -57,10 +59,10 @@ def observe(
     counter.count(*inputs, *state)
     own = {_key(t) for t in state}
     name_by_key = {_key(t): name for name, t in zip(layer.inputs, inputs, strict=True)}
-    saved: set[int] = set()
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.add(_key(tensor))
+        saved[_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with counter, torch.no_grad():
@@ -99,9 +101,18 @@ def observe(
     for t in inputs:
         t.grad = None
     kept = tuple(name for key, name in name_by_key.items() if key in saved and key not in own)
+    movable = sum(nbytes for key, nbytes in saved.items() if key not in own and key not in name_by_key)
     forward_bytes = max(0, forward_peak - given_outputs - internal)
     bare_bytes = max(0, bare_peak - min(bare, given_outputs))
-    return LayerMemory(internal, kept, shared, forward_bytes, bare_bytes, backward_bytes)
+    return LayerMemory(
+        internal_bytes=internal,
+        fixed_in_place_bytes=max(0, internal - movable),
+        kept_tensors=kept,
+        shared_with=shared,
+        forward_bytes=forward_bytes,
+        bare_bytes=bare_bytes,
+        backward_bytes=backward_bytes,
+    )
 
 
 def _backward_bytes(edges: list[GradientEdge], gradients: list[Tensor], state: Sequence[Tensor], counter: Meter) -> int:

@@ -143,6 +143,7 @@ def _profile(
                 parameter_bytes=graph.parameter_bytes[name],
                 saved_bytes=runs[0].saved_bytes[name],
                 internal_bytes=memory.internal_bytes,
+                fixed_in_place_bytes=memory.fixed_in_place_bytes,
                 kept_tensors=memory.kept_tensors,
                 forward_working_bytes=memory.forward_bytes,
                 bare_working_bytes=memory.bare_bytes,

@@ -13,6 +13,8 @@ another stage, or, if a recomputed layer of the same stage gives it, here. Input
 nothing. Runs go backward one after the other, so one replica holds, whatever is in flight,
 
     in flight * (kept + received) + the largest transient of a run.
+
+What offloaded layers save is on the device for few micro-batches at a time (`pipeflow.partitioners.offload`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from typing import NamedTuple
 
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.partition import Stage
+
+MOST_ON_DEVICE = 3
+"""Micro-batches whose offloaded share is on the device at once, at most."""
 
 
 class Activations(NamedTuple):

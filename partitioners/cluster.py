@@ -28,6 +28,8 @@ class Device(Value):
         memory_bytes: what a stage may fill; None for no limit.
         speed: how many times faster than the device the costs were measured on.
         speed_by_kind: the same for layers of one kind, where it differs.
+        host_bandwidth: bytes per second between the device and its host's memory, each way; None for no
+            limit. Offloaded activations pass there.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Device(Value):
     memory_bytes: Bytes | None = None
     speed: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     speed_by_kind: Mapping[str, float] = Field(default_factory=dict)
+    host_bandwidth: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 class Level(Value):

@@ -18,7 +18,7 @@ _PROCESS_LATENCY = 2e-4
 """Seconds for a waiting thread to wake up and run again on a busy machine."""
 
 _CUDA_BANDWIDTH = 1.2e10
-"""Bytes per second between two GPUs of one machine without a direct link: PCIe 3, 16 lanes."""
+"""Bytes per second between two GPUs of one machine without a direct link, or a GPU and its host: PCIe 3, 16 lanes."""
 
 _CUDA_LATENCY = 2e-5
 
@@ -50,7 +50,8 @@ def local_cluster(num_devices: int | None, kind: Literal["auto", "cpu", "cuda"])
         )
     return Cluster(
         devices=tuple(
-            Device(name=f"cuda:{i}", kind="cuda", memory_bytes=memory) for i, memory in enumerate(found[:wanted])
+            Device(name=f"cuda:{i}", kind="cuda", memory_bytes=memory, host_bandwidth=_CUDA_BANDWIDTH)
+            for i, memory in enumerate(found[:wanted])
         ),
         levels=(Level(size=wanted, bandwidth=_CUDA_BANDWIDTH, latency=_CUDA_LATENCY),),
     )
@@ -77,6 +78,7 @@ def _cpu_cluster(num_devices: int | None) -> Cluster:
                 kind="cpu",
                 memory_bytes=None if memory is None else memory // count,
                 speed=min(1.0, cores / count),
+                host_bandwidth=_PROCESS_BANDWIDTH,
             )
             for i in range(count)
         ),

@@ -27,7 +27,8 @@ The objective is the largest sum over the stages of any one device. A replica ho
 
 kept       what its layers save for backward, recomputed ones left out, and transient what a run of
            those saves while its backward runs (`pipeflow.partitioners.activations`). Their forward
-           is counted twice in compute.
+           is counted twice in compute. Of what offloaded layers save, a few micro-batches' share
+           counts (`PartitionProblem.offload`).
 
 A layer that runs in one of its variants (`pipeflow.graphs.costs.Variant`) has that one's seconds and
 bytes; what it holds whatever is in flight stands under its parameters, and what its devices exchange
@@ -42,7 +43,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from pipeflow.graphs.costs import GraphCosts, LayerCosts
-from pipeflow.partitioners.activations import stage_activations
+from pipeflow.partitioners.activations import MOST_ON_DEVICE, stage_activations
 from pipeflow.partitioners.cluster import Cluster, Device
 from pipeflow.partitioners.copies import copy_sums
 from pipeflow.partitioners.nesting import children, nested_levels
@@ -143,6 +144,8 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
         position = Position(count, following, problem.num_microbatches)
         in_flight, versions = problem.in_flight(position), problem.weight_versions(position)
         kept, transient = stage_activations(costs, stage)
+        away = sum(costs.layer_by_name[name].saved_bytes for name in problem.offload.intersection(stage.layers))
+        activations = in_flight * (kept - away) + min(in_flight, MOST_ON_DEVICE) * away
         resident = resident_bytes(problem.costs, stage)
         stateful = sum(
             c.parameter_bytes for c, way in zip(layers, stage.variants or [""] * len(layers), strict=True) if not way
@@ -159,7 +162,7 @@ def stage_terms(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Sta
                 parameter_bytes=versions * stateful + resident,
                 gradient_bytes=math.ceil(problem.gradient_ratio * stateful),
                 optimizer_bytes=math.ceil(problem.optimizer_ratio * stateful),
-                activation_bytes=in_flight * (kept + received) + (transient if in_flight else 0),
+                activation_bytes=activations + in_flight * received + (transient if in_flight else 0),
             )
         )
     return tuple(reversed(result))

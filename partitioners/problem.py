@@ -118,6 +118,8 @@ class PartitionProblem:
             may be left out.
         together: groups of layers that must share a stage, beside the costs' colocated ones.
         pins: what a person fixed: layers on stages and devices, together and apart.
+        offload: layers that keep what backward needs on the host (`pipeflow.partitioners.offload`). Only
+            what a given cut needs knows of it; partitioners are given problems without.
 
     Raises:
         PlanError: a count below 1, replicas that contradict the number of stages, pins that name
@@ -147,6 +149,7 @@ class PartitionProblem:
     nested: bool = False
     chunks: int = 1
     pins: Pins = field(default_factory=Pins)
+    offload: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):

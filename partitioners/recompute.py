@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Literal
 
-from pipeflow.errors import Infeasible, PlanError
+from pipeflow.errors import Infeasible
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.feasibility import shortfall
+from pipeflow.partitioners.layer_choice import resolve_layers, saving_nothing
 from pipeflow.partitioners.objective import device_bytes, objective, stage_terms
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
@@ -37,20 +37,7 @@ def resolve_recompute(choice: RecomputeChoice, costs: GraphCosts) -> Recompute:
     """
     if choice == "fit":
         return "fit"
-    names = [layer.name for layer in costs.layers]
-    if choice == "never":
-        return frozenset()
-    if choice == "always":
-        return frozenset(names)
-    if isinstance(choice, str):
-        raise PlanError(f"recompute={choice!r}; give 'never', 'always', 'fit' or a list of layer names")
-    chosen: set[str] = set()
-    for pattern in choice:
-        fitting = [name for name in names if fnmatchcase(name, pattern)]
-        if not fitting:
-            raise PlanError(f"recompute names {pattern!r}, which fits no layer of {costs.name!r}; layers are {names}")
-        chosen.update(fitting)
-    return frozenset(chosen)
+    return resolve_layers("recompute", choice, costs, rules=", 'fit'")
 
 
 def cut_with_recompute(
@@ -58,7 +45,8 @@ def cut_with_recompute(
 ) -> Partition:
     """The partitioner's cut with the layers to recompute chosen, and the certificate brought in line.
 
-    The partitioner knows nothing of it: it cuts the problem in which recomputed layers save nothing.
+    The partitioner knows nothing of it: it cuts the problem in which recomputed layers save nothing, so
+    that no cut with recompute needs less memory or time.
     A chosen layer adds time, so the lower bound holds for the cut with recompute too.
 
     Raises:
@@ -69,10 +57,10 @@ def cut_with_recompute(
             return partitioner(problem)
         except Infeasible:
             everything = frozenset(layer.name for layer in problem.costs.layers)
-            partition = partitioner(replace(problem, costs=_saving_nothing(problem.costs, everything)))
+            partition = partitioner(replace(problem, costs=saving_nothing(problem.costs, everything)))
         stages = _fit(problem, partition.stages)
     elif recompute:
-        partition = partitioner(replace(problem, costs=_saving_nothing(problem.costs, recompute)))
+        partition = partitioner(replace(problem, costs=saving_nothing(problem.costs, recompute)))
         stages = tuple(stage.with_recompute(recompute.intersection(stage.layers)) for stage in partition.stages)
     else:
         return partitioner(problem)
@@ -80,17 +68,6 @@ def cut_with_recompute(
         raise Infeasible(list(reasons))
     certificate = partition.certificate.model_copy(update={"objective": objective(problem, stages)})
     return Partition(stages=stages, certificate=certificate)
-
-
-def _saving_nothing(costs: GraphCosts, layers: Collection[str]) -> GraphCosts:
-    """The costs as if the layers saved nothing: no cut with recompute needs less memory or time."""
-    return costs.model_copy(
-        update={
-            "layers": tuple(
-                layer.model_copy(update={"saved_bytes": 0}) if layer.name in layers else layer for layer in costs.layers
-            )
-        }
-    )
 
 
 def _fit(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[Stage, ...]:

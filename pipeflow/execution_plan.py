@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
 from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.offload import check_offload
 from pipeflow.partitioners.partition import Certificate, Stage
 from pipeflow.partitioners.pins import Pins
 from pipeflow.values import Count, Value
@@ -42,10 +43,13 @@ class Plan(Value):
         batch_size: samples of a whole batch that the plan was made for; a run may use others.
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
         pins: what a person fixed, which the stages keep.
+        offload: layers whose saved activations are on the host between forward and backward, in the
+            graph's order.
 
     Raises:
         PlanError: a layer is on no stage or on two, data flows backward between stages, a
-            device does not exist, a colocated group is split, or a pin is not kept.
+            device does not exist, a colocated group is split, a pin is not kept, or a layer is
+            offloaded that does not exist or is recomputed.
     """
 
     format: Literal["pipeflow-plan-1"] = "pipeflow-plan-1"
@@ -59,9 +63,11 @@ class Plan(Value):
     batch_size: Count
     optimizer_ratio: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     pins: Pins = Field(default_factory=Pins)
+    offload: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_offload(self.offload, self.costs, [name for stage in self.stages for name in stage.recompute])
         stage_by_layer: dict[str, int] = {}
         for index, stage in enumerate(self.stages):
             for layer in stage.layers:
@@ -99,6 +105,10 @@ class Plan(Value):
     @cached_property
     def stage_by_layer(self) -> dict[str, int]:
         return {layer: index for index, stage in enumerate(self.stages) for layer in stage.layers}
+
+    @cached_property
+    def offload_set(self) -> frozenset[str]:
+        return frozenset(self.offload)
 
     @property
     def shared(self) -> Literal["together", "copies"]:

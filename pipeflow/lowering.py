@@ -1,6 +1,6 @@
 """From an order of computes to a program: each pass adds one kind of action.
 
-    compute order -> drop what is not needed -> sends -> receives -> frees -> reductions, steps
+    compute order -> drop what is not needed -> sends -> receives -> frees -> offloads -> reductions, steps
 
 Decides where communication stands in each rank's sequence. It never changes the order of the
 computes, and knows nothing of time, devices or tensors' contents.
@@ -20,9 +20,11 @@ from pipeflow.execution_plan import Plan
 from pipeflow.program import (
     Action,
     Compute,
+    Fetch,
     Free,
     Kind,
     Mode,
+    Offload,
     Program,
     Receive,
     Reduce,
@@ -54,7 +56,8 @@ def lower(plan: Plan, *, mode: Mode = Mode.TRAIN, schedule: str | Schedule | Ord
     """
     wiring = wire(plan, mode)
     actions: Actions = compute_order(plan, wiring, schedule)
-    passes: tuple[Callable[[Actions, Wiring], Actions], ...] = (add_sends, add_receives, add_frees, add_reductions)
+    passes: tuple[Callable[[Actions, Wiring], Actions], ...]
+    passes = (add_sends, add_receives, add_frees, add_offloads, add_reductions)
     for add in passes:
         actions = add(actions, wiring)
     return Program(
@@ -211,6 +214,44 @@ def add_frees(actions: Actions, wiring: Wiring) -> Actions:
         if pending is not None:
             out.append(pending)
         result.append(out)
+    return result
+
+
+_LEAST_DISTANCE = 4
+"""From a forward to its backward, in computes of the rank, below which a copy would come back as it leaves."""
+
+
+def add_offloads(actions: Actions, wiring: Wiring) -> Actions:
+    """Lets go of what is offloaded after the compute that follows a forward, and fetches it one before its backward.
+
+    The copies then run beside one compute each; both stand after the sends of the compute before, which
+    nobody should wait for. Where less than a compute would be left between them there are none.
+    """
+    if not any(wiring.has_offload):
+        return actions
+    result: list[list[Action]] = []
+    for of_rank in actions:
+        computes = [a for a in of_rank if isinstance(a, Compute)]
+        forward = {(c.stage, c.microbatch): i for i, c in enumerate(computes) if c.kind is Kind.FORWARD}
+        after: dict[int, list[Action]] = {}
+        for i, (kind, stage, microbatch) in enumerate(computes):
+            if kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and wiring.has_offload[stage]:
+                start = forward[stage, microbatch]
+                if i - start >= _LEAST_DISTANCE:
+                    after.setdefault(start + 1, []).insert(0, Offload(stage, microbatch))
+                    after.setdefault(i - 2, []).append(Fetch(stage, microbatch))
+        out: list[Action] = []
+        pending: list[Action] = []
+        number = -1
+        for action in of_rank:
+            if pending and not isinstance(action, Send):
+                out += pending
+                pending = []
+            out.append(action)
+            if isinstance(action, Compute):
+                number += 1
+                pending = after.get(number, [])
+        result.append(out + pending)
     return result
 
 

@@ -7,6 +7,7 @@
                       shows that it has arrived (`pipeflow.arrivals`)
     F, B or I, W      as `pipeflow.stage_memory` has it for one micro-batch of a stage; the first
                       backward of a stage leaves the gradients of its parameters
+    offload, fetch    - what offloaded layers keep; + the same
     reduce            + a copy of these, until the step
     handed over       what a stage is given by another on the same rank counts as its own from
                       then on: gradients, and activations that the other does not keep itself
@@ -32,9 +33,11 @@ from pipeflow.program import (
     Action,
     Compute,
     Direction,
+    Fetch,
     Free,
     Kind,
     Mode,
+    Offload,
     Placement,
     Program,
     Receive,
@@ -80,6 +83,11 @@ def peak_by_rank(program: Program, plan: Plan, wiring: Wiring) -> tuple[Peak, ..
         peak, position, _ = _replay(rank, program.actions_by_rank[rank], arrived[rank], ledger)
         result.append(Peak(static + peak, static, position))
     return tuple(result)
+
+
+def offloaded_bytes(plan: Plan, wiring: Wiring) -> list[int]:
+    """What of a micro-batch of each stage goes to the host and comes back."""
+    return [stage.offloaded for stage in _ledger(plan, wiring).stages]
 
 
 def peak_story(program: Program, plan: Plan, wiring: Wiring, rank: int, peak: Peak) -> tuple[str, ...]:
@@ -139,6 +147,7 @@ def _ledger(plan: Plan, wiring: Wiring) -> _Ledger:
             gradients_out=sum(payload[route] for route in wiring.gradient_out[s]),
             gradients_summed=sum(tensors[t].gradient_bytes for t in _in_parts(wiring.gradient_in[s])),
             train=wiring.has_backward[s],
+            offload=plan.offload_set,
         )
         for s, stage in enumerate(plan.stages)
     ]
@@ -226,6 +235,9 @@ def _replay(
         elif isinstance(action, Reduce | ReduceShared):
             here = next(stage for stage in stages_of(action) if rank in ledger.placement[stage])
             add((here, _REDUCTION), ledger.reduced.get(action, 0))
+        elif isinstance(action, Offload | Fetch):
+            moved = ledger.stages[action.stage].offloaded
+            add((action.stage, action.microbatch), -moved if isinstance(action, Offload) else moved)
         elif isinstance(action, Free):
             total -= held.pop((action.stage, action.microbatch), 0)
         elif isinstance(action, Step):

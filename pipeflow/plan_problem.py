@@ -33,6 +33,7 @@ def problem_of_plan(plan: Plan) -> PartitionProblem:
         num_microbatches=plan.num_microbatches,
         in_flight=resolve_schedule(plan.schedule).in_flight,
         optimizer_ratio=plan.optimizer_ratio,
+        offload=plan.offload_set,
         max_replicas=None if any(stage.num_replicas > 1 for stage in plan.stages) else 1,
         chunks=chunks,
         pins=plan.pins if chunks == 1 else plan.pins.model_copy(update={"on": ()}),

@@ -29,7 +29,7 @@ def plan_table(plan: Plan) -> str:
     seconds of one gradient reduction; seconds, what the stage's busiest replica spends for each
     micro-batch of the batch; bytes of one replica, with the micro-batches that the schedule keeps
     in flight. The stage on the busiest device that takes the longest is marked, and how many layers a
-    stage recomputes is said, and what several stages keep copies of.
+    stage recomputes is said, what is saved on the host, and what several stages keep copies of.
     """
     certificate = plan.certificate
     terms = stage_terms(problem_of_plan(plan), plan.stages)
@@ -64,6 +64,8 @@ def plan_table(plan: Plan) -> str:
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    if plan.offload:
+        lines.append(f"saved on the host: {_layers(plan.offload)}")
     for group in shared_groups(plan.costs, [stage.layers for stage in plan.stages]):
         lines.append(f"stages {', '.join(map(str, group.stages))} keep copies of {_layers(group.names)}")
     return "\n".join(lines)

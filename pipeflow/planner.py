@@ -19,6 +19,7 @@ from pipeflow.iteration_search import PlanObjective, Rank, shorten
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.infeasible import explained
+from pipeflow.partitioners.offload import OffloadChoice, cut_with_offload, resolve_offload
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem
@@ -57,6 +58,7 @@ def plan(
     max_replicas: int | None = None,
     overlap: bool = False,
     recompute: RecomputeChoice = "never",
+    offload: OffloadChoice = "never",
     pins: Pins | None = None,
     objective: PlanObjective = "bottleneck",
     shared: Literal["together", "copies"] = "together",
@@ -83,6 +85,9 @@ def plan(
         recompute: which layers keep nothing for backward and are computed again for it: "never",
             "always", "fit" (on each stage those that cost the least time among what makes it fit its
             devices, none where it fits), or names of layers, `*` and `?` allowed.
+        offload: which layers keep what backward needs on the host in between: "never", "always", or names
+            of layers, `*` and `?` allowed; none of them may be recomputed (with "fit": those that are
+            offloaded save nothing, and are not chosen).
         pins: layers that must be somewhere, together or apart.
         objective: "bottleneck" takes the partitioner's cuts as they are; "iteration" also tries
             partitions next to the best of them, by the simulated time of an iteration, which fewer
@@ -116,6 +121,7 @@ def plan(
         optimizer_ratio=optimizer_ratio,
         transfers="overlapped" if overlap else "added",
         pins=pins or Pins(),
+        offload=resolve_offload(offload, costs),
     )
     if objective not in get_args(PlanObjective):
         raise PlanError(f"objective={objective!r}; give 'bottleneck' or 'iteration'")
@@ -219,8 +225,8 @@ class _Search:
             if best is None or tried.rank < best.rank:
                 best = tried
         if best is None:
-            if self.recompute:
-                raise _joined(refused)  # the rules would be those of stages that recompute nothing
+            if self.recompute or self.problem.offload:
+                raise _joined(refused)  # the rules would be those of stages that keep everything
             smallest, _ = max(problems, key=lambda pair: pair[0].num_microbatches)
             raise explained(smallest, _joined(refused))
         return best.plan if self.objective == "bottleneck" else self._shortened(found)
@@ -301,7 +307,7 @@ class _Search:
         )
 
     def _cut(self, problem: PartitionProblem) -> Partition:
-        return cut_with_recompute(self.partition, problem, self.recompute)
+        return cut_with_offload(lambda p: cut_with_recompute(self.partition, p, self.recompute), problem)
 
     def _simulate(
         self, problem: PartitionProblem, partition: Partition, bound: float, row: Schedule
@@ -318,6 +324,7 @@ class _Search:
             batch_size=self.batch_size,
             optimizer_ratio=problem.optimizer_ratio,
             pins=problem.pins,
+            offload=tuple(layer.name for layer in problem.costs.layers if layer.name in problem.offload),
         )
         rank, over = self._rank(candidate)
         return _Tried(candidate, rank), over

@@ -8,6 +8,7 @@ schedules and lowering do, the verifier proves it, the simulator and the runtime
     recv 2>4F0 h,skip        stage 4 receives them
     send 4>2B0 h,skip        stage 4 sends their gradients back
     free 2,0                 stage 2 lets go of all it holds for micro-batch 0
+    offload 2,0, fetch 2,0   what its layers saved for backward is on the host now; it is on its way back
     reduce 2, step 2         sum the gradients of stage 2 over its replicas; its optimizer's step
     reduce 0+2               sum those of the parameters that stages 0 and 2 share over all their replicas
 """
@@ -104,6 +105,29 @@ class Free(NamedTuple):
         return f"free {self.stage},{self.microbatch}"
 
 
+class Offload(NamedTuple):
+    """Wait until what the stage's offloaded layers saved is on the host, and let go of it on the device.
+
+    The copies start while the forward runs.
+    """
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"offload {self.stage},{self.microbatch}"
+
+
+class Fetch(NamedTuple):
+    """Start to copy it back, which the backward waits for."""
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"fetch {self.stage},{self.microbatch}"
+
+
 class Reduce(NamedTuple):
     """Start to sum the stage's gradients over its replicas, which `Step` waits for, and to tell their statistics."""
 
@@ -133,7 +157,7 @@ class Step(NamedTuple):
 
 Reduction = Reduce | ReduceShared
 
-Action = Compute | Send | Receive | Free | Reduction | Step
+Action = Compute | Send | Receive | Free | Offload | Fetch | Reduction | Step
 
 Placement = tuple[tuple[int, ...], ...]
 """Ranks of each stage's replicas. Micro-batch m of stage s runs on `placement[s][m % R_s]`."""
@@ -192,7 +216,7 @@ _COMPUTE = re.compile(r"(\d+)([FBIW])(\d+)")
 _TRANSFER = re.compile(r"(send|recv) (\d+)>(\d+)([FB])(\d+) (.+)")
 _STAGE = re.compile(r"(reduce|step) (\d+)")
 _SHARED = re.compile(r"reduce (\d+(?:\+\d+)+)")
-_FREE = re.compile(r"free (\d+),(\d+)")
+_OF_MICROBATCH = re.compile(r"(free|offload|fetch) (\d+),(\d+)")
 
 
 def parse_action(text: str, placement: Placement) -> Action:
@@ -217,6 +241,13 @@ def parse_action(text: str, placement: Placement) -> Action:
         return Reduce(int(match[2])) if match[1] == "reduce" else Step(int(match[2]))
     if match := _SHARED.fullmatch(text):
         return ReduceShared(tuple(map(int, match[1].split("+"))))
-    if match := _FREE.fullmatch(text):
-        return Free(int(match[1]), int(match[2]))
+    if match := _OF_MICROBATCH.fullmatch(text):
+        stage, microbatch = int(match[2]), int(match[3])
+        match match[1]:
+            case "free":
+                return Free(stage, microbatch)
+            case "offload":
+                return Offload(stage, microbatch)
+            case _:
+                return Fetch(stage, microbatch)
     raise FormatError(f"{text!r} is no action; write for example 2F0, 'send 2>4F0 h' or 'reduce 2'")

@@ -15,9 +15,11 @@ from pipeflow.program import (
     Action,
     Compute,
     Direction,
+    Fetch,
     Free,
     Kind,
     Mode,
+    Offload,
     Program,
     Receive,
     Reduce,
@@ -32,7 +34,7 @@ from pipeflow.program import (
 )
 from pipeflow.wiring import Wiring
 
-_F, _B, _I, _W, _FREED = 1, 2, 4, 8, 16
+_F, _B, _I, _W, _FREED, _AWAY, _BACK = 1, 2, 4, 8, 16, 32, 64
 _WHOLE = (_F | _B, _F | _I | _W)
 """What a stage that has a backward computes of a micro-batch: whole, or split."""
 
@@ -110,6 +112,8 @@ class _Check:
                 self._receive(action)
             elif isinstance(action, Free):
                 self._free(action)
+            elif isinstance(action, Offload | Fetch):
+                self._offload(action)
             elif isinstance(action, Reduce | ReduceShared):
                 self._reduce(action)
             else:
@@ -154,6 +158,8 @@ class _Check:
         elif done & (_B | _I):
             other = Kind.BACKWARD if done & _B else Kind.BACKWARD_INPUT
             self._refuse(action, "repeats", Compute(other, stage, microbatch))
+        if done & _AWAY and not done & _BACK:
+            self._refuse(action, "needs", Fetch(stage, microbatch))
 
     def _check_ascending(self, action: Compute, direction: int) -> None:
         """Statistics and gradients build up in the order of one device: 0, 1, 2, ..."""
@@ -191,6 +197,25 @@ class _Check:
         self.received[number][microbatch] = 1
         message = number * self.wiring.num_microbatches + microbatch
         self.messages.received.setdefault((peer, self.rank), []).append(message)
+
+    def _offload(self, action: Offload | Fetch) -> None:
+        """What is saved goes once, between forward and backward, and comes back once."""
+        stage, microbatch = action
+        self._check_place(action, stage, microbatch)
+        done = self.done[stage][microbatch]
+        if not self.wiring.has_offload[stage]:
+            self._refuse(action, "moves what the plan keeps on the device")
+        if not done & _F:
+            self._refuse(action, "needs", Compute(Kind.FORWARD, stage, microbatch))
+        if done & (_B | _I):
+            kind = Kind.BACKWARD if done & _B else Kind.BACKWARD_INPUT
+            self._refuse(action, "comes after", Compute(kind, stage, microbatch))
+        bit = _AWAY if isinstance(action, Offload) else _BACK
+        if done & bit:
+            self._refuse(action, "is done twice", action)
+        if bit == _BACK and not done & _AWAY:
+            self._refuse(action, "needs", Offload(stage, microbatch))
+        self.done[stage][microbatch] = done | bit
 
     def _free(self, action: Free) -> None:
         stage, microbatch = action
@@ -264,7 +289,7 @@ class _Check:
         """The next compute of a micro-batch that is not done yet."""
         if not done & _F:
             return Kind.FORWARD
-        if not self.wiring.has_backward[stage] or done & ~_FREED in _WHOLE:
+        if not self.wiring.has_backward[stage] or done & (_F | _B | _I | _W) in _WHOLE:
             return None
         return Kind.BACKWARD_WEIGHT if done & _I else Kind.BACKWARD
 
@@ -300,7 +325,8 @@ class _Check:
         if other is None:
             raise VerificationError(f"rank {self.rank}: '{action}' {why}", (here,))
         actions = self.program.actions_by_rank[self.rank]
-        places = [i for i, a in enumerate(actions) if a == other and i != self.position]
+        # Tuples of two kinds of action are equal where their numbers are.
+        places = [i for i, a in enumerate(actions) if type(a) is type(other) and a == other and i != self.position]
         there = f"action {places[0]}" if places else "nowhere"
         raise VerificationError(
             f"rank {self.rank}: '{action}' {why} '{other}'", (here, f"rank {self.rank}, {there}: '{other}'")

@@ -5,6 +5,9 @@
     messages     each directed pair of devices has a link of its own, first in, first out: a
                  message occupies it for bytes / bandwidth and arrives one latency later; sends
                  are posted and cost the sender nothing;
+    offloading   a copy to the host starts when its forward ends, a copy back with `fetch`; each direction
+                 of a device is a link of its own, as fast as `Device.host_bandwidth`; `offload` waits
+                 for the one, a backward for the other;
     reductions   a ring all-reduce that starts when all replicas have reached it and their earlier
                  reductions are done, and runs beside computes; `Step` waits for it.
 
@@ -19,11 +22,13 @@ from collections import deque
 
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import LayerCosts
-from pipeflow.memory import peak_by_rank
+from pipeflow.memory import offloaded_bytes, peak_by_rank
 from pipeflow.partitioners.objective import reduce_seconds
 from pipeflow.program import (
     Compute,
+    Fetch,
     Kind,
+    Offload,
     Program,
     Receive,
     Reduce,
@@ -81,6 +86,35 @@ class _Link:
         self.arrivals: deque[float] = deque()
 
 
+class _HostCopies:
+    """What one rank copies to the host and back, each direction in turn.
+
+    Attributes:
+        gone: when what an offload waits for has left.
+        back: by (stage, micro-batch), when what was fetched is there again.
+    """
+
+    def __init__(self, program: Program, plan: Plan, wiring: Wiring, rank: int) -> None:
+        self.gone: dict[Offload, float] = {a: 0.0 for a in program.actions_by_rank[rank] if isinstance(a, Offload)}
+        self.back: dict[tuple[int, int], float] = {}
+        bandwidth = plan.cluster.devices[rank].host_bandwidth if rank < plan.cluster.num_devices else None
+        self._seconds = [amount / (bandwidth or math.inf) for amount in offloaded_bytes(plan, wiring)]
+        self._out_free = self._in_free = 0.0
+
+    def leave(self, forward: Compute, now: float) -> None:
+        """Starts to copy what a forward saved, if an offload will wait for it."""
+        offload = Offload(forward.stage, forward.microbatch)
+        if offload in self.gone:
+            self._out_free = max(now, self._out_free) + self._seconds[forward.stage]
+            self.gone[offload] = self._out_free
+
+    def fetch(self, fetch: Fetch, now: float) -> float:
+        """Starts to copy it back; the time at which it is there."""
+        self._in_free = max(now, self._in_free) + self._seconds[fetch.stage]
+        self.back[fetch.stage, fetch.microbatch] = self._in_free
+        return self._in_free
+
+
 class _Clock:
     """The state of the simulation.
 
@@ -104,6 +138,7 @@ class _Clock:
         self.reduction_free = [0.0] * program.num_ranks
         self.reached: dict[Reduction, dict[int, tuple[float, int]]] = {}
         self.reduced: dict[Reduction, tuple[float, int]] = {}
+        self.host = [_HostCopies(program, plan, wiring, rank) for rank in ranks] if any(wiring.has_offload) else []
         self.reduced_bytes = wiring.reduced_bytes
         self.awaited = wiring.reductions_by_stage
 
@@ -127,8 +162,17 @@ class _Clock:
         while len(events) < len(actions):
             action, start = actions[len(events)], now
             if isinstance(action, Compute):
+                if self.host:
+                    start = now = self._wait(rank, rank, now, self.host[rank].back.get(action[1:], now))
                 now += seconds[action.stage][_column(action.kind)]
                 self.busy[rank] += now - start
+                if self.host and action.kind is Kind.FORWARD:
+                    self.host[rank].leave(action, now)
+            elif isinstance(action, Offload):
+                now = self._wait(rank, rank, now, self.host[rank].gone[action])
+            elif isinstance(action, Fetch):
+                events.append(Event(rank, action, now, self.host[rank].fetch(action, now)))
+                continue
             elif isinstance(action, Send):
                 link = self._link(rank, action.peer)
                 start = max(now, link.free)

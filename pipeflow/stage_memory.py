@@ -9,6 +9,8 @@ the costs say what each layer keeps (`LayerCosts.internal_bytes`), it follows wh
                 inputs come, and what it kept goes. What came from other stages, activations and
                 gradients, and what goes there stays until the stage is done
     recomputed  a run of layers keeps what enters it; backward first computes all of it again
+    offloaded   what a layer keeps inside, and tensors of the stage that only such layers need, may
+                be away in between; what came from other stages or is an input of the graph stays
 
 and each layer needs more meanwhile. Where the costs do not say so, all that the layers save is there
 from the end of forward to the end of backward, and gradients for other stages beside it.
@@ -37,6 +39,7 @@ class StageBytes:
         backward_end: when it is done, gradients of parameters apart; may be below zero.
         released: of what backward lets go of, what forward kept.
         kept: tensors that stay for backward, so that another stage of the rank gets them for free.
+        offloaded: what may be on the host between forward and backward.
     """
 
     forward_peak: int
@@ -46,6 +49,7 @@ class StageBytes:
     backward_end: int
     released: int
     kept: frozenset[str]
+    offloaded: int = 0
 
     def peak(self, kind: Kind, *, first: bool) -> int:
         """At most meanwhile. Where backward is split, its first half has the peak of the whole."""
@@ -65,7 +69,14 @@ class StageBytes:
 
 
 def stage_bytes(
-    costs: GraphCosts, stage: Stage, *, gradients_in: int, gradients_out: int, gradients_summed: int, train: bool
+    costs: GraphCosts,
+    stage: Stage,
+    *,
+    gradients_in: int,
+    gradients_out: int,
+    gradients_summed: int,
+    train: bool,
+    offload: frozenset[str] = frozenset(),
 ) -> StageBytes:
     """What a stage holds.
 
@@ -73,6 +84,7 @@ def stage_bytes(
         gradients_in, gradients_out: bytes of gradients from and for other stages.
         gradients_summed: bytes of those that come in several parts, once each.
         train: whether the stage has a backward.
+        offload: layers that keep what backward needs on the host.
     """
     layers = [costs.layer_by_name[name] for name in stage.layers]
     given = [t for layer in layers for t in layer.outputs]
@@ -84,8 +96,9 @@ def stage_bytes(
         kept, transient = stage_activations(costs, stage)
         peak = gradients_out + transient
         learned = sum(layer.parameter_bytes for layer in layers if layer.has_backward)
-        return StageBytes(kept, kept, peak, learned + peak, gradients_out, 0, frozenset(t.name for t in given))
-    return _Walk(costs, stage, layers).result(gradients_in, gradients_out, gradients_summed)
+        away = sum(layer.saved_bytes for layer in layers if layer.name in offload)
+        return StageBytes(kept, kept, peak, learned + peak, gradients_out, 0, frozenset(t.name for t in given), away)
+    return _Walk(costs, stage, layers).result(gradients_in, gradients_out, gradients_summed, offload)
 
 
 class _Walk:
@@ -97,6 +110,7 @@ class _Walk:
         self.run_by_layer = {name: run for run in recomputed_runs(stage) for name in run}
         # A tensor of the stage that backward needs, and the first layer that does: it lets go of it last.
         self.keeper: dict[str, str] = {}
+        self.keepers: dict[str, set[str]] = {}
         for layer in layers:
             run = self.run_by_layer.get(layer.name, ())
             names = layer.kept_tensors if not run else _entering(costs, run)
@@ -104,6 +118,7 @@ class _Walk:
                 owner = self.owner(name)
                 if owner in self.here:
                     self.keeper.setdefault(owner, layer.name)
+                    self.keepers.setdefault(owner, set()).add(layer.name)
 
     def owner(self, tensor: str) -> str:
         """The tensor whose memory it is, as far as this stage knows."""
@@ -115,7 +130,10 @@ class _Walk:
     def bytes_of(self, tensors: Iterable[str]) -> int:
         return sum(self.costs.tensor_by_name[name].bytes for name in tensors)
 
-    def result(self, gradients_in: int, gradients_out: int, gradients_summed: int) -> StageBytes:
+    def result(
+        self, gradients_in: int, gradients_out: int, gradients_summed: int, offload: frozenset[str]
+    ) -> StageBytes:
+        away = {t for t, keepers in self.keepers.items() if keepers <= offload}  # no other layer keeps them
         kept = self.bytes_of(self.keeper) + sum(
             layer.internal_bytes or 0 for layer in self.layers if layer.name not in self.run_by_layer
         )
@@ -126,7 +144,8 @@ class _Walk:
             first_backward_peak=gradients_summed + self._backward_peak(first=True),
             backward_end=gradients_out - gradients_in - kept,
             released=kept,
-            kept=frozenset(self.keeper),
+            kept=frozenset(self.keeper) - away,
+            offloaded=sum(layer.movable_bytes for layer in self.layers if layer.name in offload) + self.bytes_of(away),
         )
 
     def _forward_peak(self) -> int:

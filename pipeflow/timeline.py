@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeflow.program import Action, Compute, Kind, Mode, Placement, Receive, Reduce, ReduceShared, Send, Step
+from pipeflow.program import (
+    Action,
+    Compute,
+    Fetch,
+    Kind,
+    Mode,
+    Offload,
+    Placement,
+    Receive,
+    Reduce,
+    ReduceShared,
+    Send,
+    Step,
+)
 from pipeflow.units import format_bytes, format_seconds
 
 
@@ -21,7 +34,8 @@ class Event(NamedTuple):
     """One action on its rank.
 
     `start` and `end`, in seconds, are: of a compute, its work; of a send, the message on its link
-    until it arrives; of a receive or a step, the wait; of a reduction, the collective.
+    until it arrives; of a receive, a step or an offload, the wait; of a reduction, the collective; of
+    a fetch, the copy.
     """
 
     rank: int
@@ -45,7 +59,7 @@ class Timeline:
         busy_seconds_by_rank: spent in computes.
         peak_bytes_by_rank: by the memory model (`pipeflow.memory`).
         wait_seconds: how long a rank stood waiting, by (rank, the rank it waited for). Of a
-            reduction that is the replica that came to it last.
+            reduction that is the replica that came to it last, of a copy to or from the host the rank itself.
     """
 
     mode: Mode
@@ -107,7 +121,7 @@ class Timeline:
         Path(path).write_text(json.dumps({"traceEvents": list(self._trace()), "displayTimeUnit": "ms"}) + "\n")
 
     def _trace(self) -> Iterator[dict[str, Any]]:
-        processes = ("ranks", "links", "reductions")
+        processes = ("ranks", "links", "reductions", "host copies")
         for pid, name in enumerate(processes):
             yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
         threads: dict[tuple[int, str], int] = {}
@@ -138,12 +152,14 @@ def _lane(rank: int, action: Action) -> tuple[int, str]:
         return 1, f"rank {rank} to {action.peer}"
     if isinstance(action, Reduce | ReduceShared):
         return 2, f"rank {rank}"
+    if isinstance(action, Fetch):
+        return 3, f"rank {rank}"
     return 0, f"rank {rank}"
 
 
 def _category(action: Action) -> str:
     if isinstance(action, Compute):
         return action.kind.name.lower()
-    if isinstance(action, Receive | Step):
+    if isinstance(action, Receive | Step | Offload):
         return "wait"
     return "reduce" if isinstance(action, ReduceShared) else type(action).__name__.lower()

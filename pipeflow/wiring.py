@@ -32,6 +32,7 @@ class Wiring:
         has_backward: whether the stage computes a backward.
         has_parameters: whether it has parameters to train, copies included, and so a `Step`.
         has_reduction: whether it has several replicas, which sum gradients or tell each other statistics.
+        has_offload: whether layers of it keep what backward needs on the host.
         shared: the sums over several stages, in the order in which all ranks start them.
         reduced_bytes: of each sum that a step has.
         payload_bytes: of each route, for one micro-batch.
@@ -48,6 +49,7 @@ class Wiring:
     has_backward: tuple[bool, ...]
     has_parameters: tuple[bool, ...]
     has_reduction: tuple[bool, ...]
+    has_offload: tuple[bool, ...]
     shared: tuple[ReduceShared, ...]
     reduced_bytes: Mapping[Reduction, int]
     payload_bytes: Mapping[Route, int]
@@ -115,6 +117,10 @@ def wire(plan: Plan, mode: Mode) -> Wiring:
         has_backward=has_backward,
         has_parameters=tuple(training and bytes_of.trained > 0 for bytes_of in held),
         has_reduction=tuple(Reduce(index) in reduced for index in range(len(plan.stages))),
+        has_offload=tuple(
+            back and not plan.offload_set.isdisjoint(stage.layers)
+            for back, stage in zip(has_backward, plan.stages, strict=True)
+        ),
         shared=tuple(reduction for reduction in reduced if isinstance(reduction, ReduceShared)),
         reduced_bytes=reduced,
         payload_bytes={route: _payload_bytes(plan, route) for route in every},

@@ -40,6 +40,11 @@ def parse_amounts(text: str) -> tuple[int, ...]:
     return tuple(parse_amount(part) for part in text.split(","))
 
 
+def parse_layers(text: str) -> str | tuple[str, ...]:
+    """A rule (never, always, fit), or names and patterns of layers joined by commas."""
+    return text if text in ("never", "always", "fit") else tuple(text.split(","))
+
+
 def parse_amount(text: str) -> int:
     """Bytes such as 16GiB."""
     try:
@@ -75,6 +80,18 @@ _OPTIONS = (
         "--shared",
         type=click.Choice(["together", "copies"]),
         help="Layers that share parameters: on one stage, or with a copy on each of theirs.",
+    ),
+    click.option(
+        "--recompute",
+        type=parse_layers,
+        metavar="RULE|NAMES",
+        help="Layers computed again for backward: never, always, fit (as few as fit), or names, as block*,head.",
+    ),
+    click.option(
+        "--offload",
+        type=parse_layers,
+        metavar="RULE|NAMES",
+        help="Layers that keep what backward needs on the host: never, always, or names.",
     ),
     click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
 )

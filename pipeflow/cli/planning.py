@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pipeflow.graphs.layer_graph import LayerGraph
     from pipeflow.iteration_search import PlanObjective
     from pipeflow.partitioners.cluster import Cluster
+    from pipeflow.partitioners.offload import OffloadChoice
     from pipeflow.partitioners.pins import Pins
+    from pipeflow.partitioners.recompute import RecomputeChoice
     from pipeflow.recipe import Recipe
 
 _PROFILED_MICROBATCHES = 8
@@ -45,6 +47,8 @@ class Request:
     shared: Literal["together", "copies"] | None = None
     pins: Pins | None = None
     objective: PlanObjective | None = None
+    recompute: RecomputeChoice | None = None
+    offload: OffloadChoice | None = None
 
     def given(self) -> list[str]:
         """The names of what was asked for."""
@@ -163,6 +167,8 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
         pins=request.pins,
         objective=request.objective or "bottleneck",
         shared=request.shared or "together",
+        recompute=request.recompute or "never",
+        offload=request.offload or "never",
     )
 
 

@@ -10,7 +10,7 @@ wait for each other in vain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,10 @@ from pipeflow.program import (
     Action,
     Compute,
     Direction,
+    Fetch,
     Free,
     Kind,
+    Offload,
     Placement,
     Receive,
     Reduce,
@@ -39,7 +41,7 @@ from pipeflow.program import (
 from pipeflow.runtime.messages import Messages
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.reduction import reduce_gradients
-from pipeflow.runtime.stage import Slots
+from pipeflow.runtime.stage import Call, Slots
 from pipeflow.runtime.synchronised_norm import Group
 from pipeflow.runtime.transport import Payload, Transport
 
@@ -61,6 +63,7 @@ class Binder:
         train: whether backward will follow.
         reduces: whether gradients are summed over replicas, or only added up here.
         shared: names of the parameters that the same stages hold copies of, by those stages.
+        offloaded: the (stage, micro-batch) pairs of which something is on the host in between.
         messages: what each route carries.
     """
 
@@ -74,6 +77,7 @@ class Binder:
     train: bool
     reduces: bool = True
     shared: Mapping[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict)
+    offloaded: Collection[tuple[int, int]] = ()
     messages: Messages = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +101,10 @@ class Binder:
                 return self._receive(action)
             case Free():
                 return self._free(action)
+            case Offload():
+                return self._offload(action)
+            case Fetch():
+                return self._fetch(action)
             case Reduce():
                 return self._reduce(action.stage)
             case ReduceShared():
@@ -111,7 +119,7 @@ class Binder:
         blank: Slots = [None] * compiled.num_slots
         feed, feeds = state.feed, compiled.feeds
         leaves = [(leaf.tensor, leaf.slot, leaf.needs_gradient and self.train) for leaf in compiled.leaves]
-        calls = compiled.work
+        calls = self._saving(index, m)
         losses = [(state.losses, name, slot) for name, slot in compiled.loss_slots]
         kept = [(t, compiled.slot_by_tensor[t]) for t in self.keep if t in compiled.slot_by_tensor]
         handover = [
@@ -159,6 +167,21 @@ class Binder:
                     slots[slot] = _edge(slots[slot])
 
         return self._recorded(forward, index, m)
+
+    def _saving(self, index: int, m: int) -> Sequence[Call]:
+        """The stage's work; as one call that saves on the host, where that is wanted of the micro-batch."""
+        stage = self.state.stages[index]
+        compiled, store = stage.compiled, stage.store
+        if store is None or (index, m) not in self.offloaded:
+            return compiled.work
+        staying = [slot for _, slot in compiled.feeds] + [leaf.slot for leaf in compiled.leaves]
+
+        def save(slots: Slots) -> None:
+            with store.saving(m, [slots[slot] for slot in staying]):
+                for call in compiled.work:
+                    call(slots)
+
+        return [save]
 
     def _recorded(self, forward: Closure, index: int, m: int) -> Closure:
         """The forward with its norms' statistics recorded, where replicas tell each other."""
@@ -297,12 +320,26 @@ class Binder:
         return wait_for_several if also else wait
 
     def _free(self, action: Free) -> Closure:
-        live, m = self.state.stages[action.stage].live, action.microbatch
+        stage, m = self.state.stages[action.stage], action.microbatch
+        live, store = stage.live, stage.store
 
         def free() -> None:
             live[m] = None
 
-        return free
+        def free_on_host_too() -> None:
+            live[m] = None
+            if store is not None:
+                store.drop(m)
+
+        return free if store is None else free_on_host_too
+
+    def _offload(self, action: Offload) -> Closure | None:
+        store = self.state.stages[action.stage].store
+        return None if store is None else partial(store.let_go, action.microbatch)
+
+    def _fetch(self, action: Fetch) -> Closure | None:
+        store = self.state.stages[action.stage].store
+        return None if store is None else partial(store.fetch, action.microbatch)
 
     def _reduce(self, index: int) -> Closure | None:
         stage, transport, sizes = self.state.stages[index], self.transport, self.state.sizes

@@ -6,15 +6,17 @@ In one process that is all of them; under `torchrun` one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeflow.arrivals import known_arrivals
-from pipeflow.program import Mode, Step
+from pipeflow.program import Mode, Offload, Step
 from pipeflow.runtime.binding import Binder
 from pipeflow.runtime.decoding import decoding_callables
 from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.job import Job
 from pipeflow.runtime.microbatch import BatchReader
+from pipeflow.runtime.offload import HostStore
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import StageReplica
@@ -129,6 +131,10 @@ class LocalRanks:
             functions = {name: setup.numerics.wrapped(function) for name, function in callables.items()}
             compiled = compile_stage(graph, index, names, prepared.flows, functions, train=train)
             stages[index] = StageState(compiled, replica, keyed_layers=keyed)
+        actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
+        offloaded = frozenset((a.stage, a.microbatch) for a in actions if isinstance(a, Offload))
+        for index in {index for index, _ in offloaded}:
+            stages[index].store = _offload_calls(stages[index], setup.plan.offload_set)
         for index, stage in stages.items() if train else ():
             fuse_runs(stage.compiled, setup.plan.stages[index].recompute, prepared.flows, stage.replica.modules)
         device = setup.devices[rank]
@@ -144,8 +150,8 @@ class LocalRanks:
             train=train,
             reduces=work != "accumulate",
             shared=setup.copies.names_by_stages,
+            offloaded=offloaded,
         )
-        actions = program.actions_by_rank[rank] if rank < program.num_ranks else ()
         if work == "accumulate":
             actions = tuple(action for action in actions if not isinstance(action, Step))
         owned = {
@@ -167,3 +173,15 @@ class LocalRanks:
             if actions
             else (),
         )
+
+
+def _offload_calls(stage: StageState, offload: frozenset[str]) -> HostStore:
+    """Lets the calls of offloaded layers save in a store, which is returned. Before they are fused to runs."""
+    replica, compiled = stage.replica, stage.compiled
+    state = [t for module in replica.modules.values() for t in (*module.parameters(), *module.buffers())]
+    store = HostStore(replica.device, state)
+    compiled.calls = [
+        replace(call, run=store.wrapped(call.run)) if call.layer.name in offload else call for call in compiled.calls
+    ]
+    compiled.work = [call.run for call in compiled.calls]
+    return store

@@ -19,6 +19,7 @@ from pipeflow.runtime.cut import even_cut
 from pipeflow.runtime.gradients import Verdict
 from pipeflow.runtime.losses import loss_factors
 from pipeflow.runtime.microbatch import MicroBatches
+from pipeflow.runtime.offload import HostStore
 from pipeflow.runtime.randomness import Keyed
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.stage import CompiledStage, Slots
@@ -40,6 +41,7 @@ class StageState:
         finish_shared: the same for sums over several stages.
         keyed_layers: those to be told which call and samples they work on; by default the random ones.
         finish_statistics: waits for the replicas' statistics and takes them in, if they were sent.
+        store: what its offloaded layers saved on the host; None where none is offloaded.
     """
 
     compiled: CompiledStage
@@ -52,6 +54,7 @@ class StageState:
     finish_shared: list[Callable[[], None]] = field(default_factory=list)
     finish_statistics: Callable[[], None] | None = None
     keyed_layers: Sequence[Keyed] = ()
+    store: HostStore | None = None
 
     def __post_init__(self) -> None:
         self.keyed_layers = self.keyed_layers or self.replica.random_layers
@@ -129,6 +132,8 @@ class RankState:
             stage.outbox = [{} for _ in range(self.num_microbatches)]
             stage.live = [None] * self.num_microbatches
             stage.finish_reduce = stage.finish_statistics = None
+            if stage.store is not None:
+                stage.store.clear()
             stage.finish_shared = []
 
     def begin(self, batch: MicroBatches, *, share: float, draw: int) -> None:

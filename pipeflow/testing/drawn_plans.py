@@ -42,6 +42,7 @@ def plans(
     copies: bool = True,
     schedules: Collection[str] = tuple(SCHEDULES),
     recompute: bool = True,
+    offload: bool = True,
     graph_digest: str = "",
 ) -> Plan:
     """Draws a valid plan of a graph.
@@ -59,6 +60,7 @@ def plans(
         copies: whether layers that share parameters may be on several stages.
         schedules: names to choose from.
         recompute: whether layers may be recomputed; in most plans none is.
+        offload: whether what layers save may be on the host; in most plans all of it stays.
         graph_digest: of the layer graph that the costs are of.
     """
     costs = graphs if isinstance(graphs, GraphCosts) else draw(learnable_costs() if graphs is None else graphs)
@@ -80,6 +82,10 @@ def plans(
     )
     if recompute and draw(st.integers(0, 3)) == 3:
         stages = tuple(stage.with_recompute(draw(_recomputed(stage))) for stage in stages)
+    moved: Collection[str] = ()
+    if offload and draw(st.integers(0, 3)) == 3:
+        moved = set(draw(st.just(tuple(position)) | st.sets(st.sampled_from(tuple(position)))))
+        moved.difference_update(name for stage in stages for name in stage.recompute)
     num_ranks = 1 + max(r for on in ranks for r in on)
     num_microbatches = draw(st.integers(1, max_microbatches))
     cluster = draw(clusters(min_devices=num_ranks, max_devices=num_ranks, limited=False))
@@ -94,6 +100,7 @@ def plans(
         num_microbatches=num_microbatches,
         batch_size=costs.samples * num_microbatches,
         optimizer_ratio=draw(st.sampled_from([0.0, 2.0])),
+        offload=tuple(name for name in position if name in moved),
     )
 
 

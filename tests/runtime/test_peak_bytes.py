@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,13 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-def ratios(name: str, schedule: str, recompute: str, replicas: tuple[int, ...] = (1, 1, 1)) -> list[float]:
+def ratios(
+    name: str,
+    schedule: str,
+    recompute: str,
+    replicas: tuple[int, ...] = (1, 1, 1),
+    offload: Literal["never", "always"] = "never",
+) -> list[float]:
     """Predicted over counted, by rank."""
     graph, batch = model(name), BATCHES[name]
     size = len(next(iter(batch.values())))
@@ -53,6 +61,7 @@ def ratios(name: str, schedule: str, recompute: str, replicas: tuple[int, ...] =
         replicas=replicas,
         schedule=schedule,
         recompute=recompute,
+        offload=offload,
         partitioner="uniform",
     )
     if torch.distributed.is_initialized():
@@ -74,6 +83,12 @@ def test_counted_peaks_are_within_a_tenth_of_the_predicted(name: str, schedule: 
 @pytest.mark.parametrize("recompute", ["never", "always"])
 def test_and_on_replicas(recompute: str) -> None:
     assert ratios("transformer", "1f1b", recompute, (2, 1)) == pytest.approx([1, 1, 1], abs=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_and_with_what_is_saved_on_the_host(name: str, schedule: str) -> None:
+    assert ratios(name, schedule, "never", offload="always") == pytest.approx([1, 1, 1], abs=0.1)
 
 
 def over_gloo(rank: int, name: str, schedule: str, recompute: str) -> list[float]:
