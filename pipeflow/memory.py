@@ -7,7 +7,7 @@
                       shows that it has arrived (`pipeflow.arrivals`)
     F, B or I, W      as `pipeflow.stage_memory` has it for one micro-batch of a stage; the first
                       backward of a stage leaves the gradients of its parameters
-    offload, fetch    - what offloaded layers keep; + the same
+    offload, fetch    - what offloaded layers keep, unless it is on its way to another rank; + the same
     reduce            + a copy of these, until the step
     handed over       what a stage is given by another on the same rank counts as its own from
                       then on: gradients, and activations that the other does not keep itself
@@ -134,6 +134,7 @@ class _Ledger:
     payload_by_id: dict[int, int]
     sent: dict[Route, list[tuple[str, int]]]
     sent_by_id: dict[int, list[tuple[str, int]]]
+    bytes_of: Mapping[str, int]
 
 
 def _ledger(plan: Plan, wiring: Wiring) -> _Ledger:
@@ -182,6 +183,7 @@ def _ledger(plan: Plan, wiring: Wiring) -> _Ledger:
         payload_by_id={},
         sent={route: alone(route) for route in wiring.routes},
         sent_by_id={},
+        bytes_of={name: tensor.bytes for name, tensor in tensors.items()},
     )
 
 
@@ -192,6 +194,9 @@ def _replay(
     held: dict[tuple[int, int], int] = {}
     sent: dict[int, deque[list[tuple[tuple[str, int], int]]]] = {}
     on_its_way: dict[tuple[str, int], int] = {}  # a tensor that is sent to several ranks is there once
+    stays_here: dict[
+        tuple[str, int], int
+    ] = {}  # on its way to a rank, and counted as the stage's until it is offloaded
     num_arrived: dict[int, int] = {}
     known = iter(arrived)
     total = peak = 0
@@ -222,7 +227,8 @@ def _replay(
             for _ in range(num_arrived.get(action.peer, 0), arrived_now := next(known)):
                 for tensor, amount in sent[action.peer].popleft():
                     on_its_way[tensor] -= 1
-                    add((_SENT, action.peer), 0 if on_its_way[tensor] else -amount)
+                    if not on_its_way[tensor] and stays_here.pop(tensor, None) is None:
+                        add((_SENT, action.peer), -amount)
             num_arrived[action.peer] = arrived_now
         elif isinstance(action, Send):
             message = [
@@ -230,7 +236,11 @@ def _replay(
             ]
             sent.setdefault(action.peer, deque()).append(message)
             for tensor, amount in message:
-                add((_SENT, action.peer), 0 if on_its_way.get(tensor) else amount)
+                if not on_its_way.get(tensor):
+                    if tensor[0] in ledger.stages[action.route.source].away:
+                        stays_here[tensor] = action.peer
+                    else:
+                        add((_SENT, action.peer), amount)
                 on_its_way[tensor] = on_its_way.get(tensor, 0) + 1
         elif isinstance(action, Reduce | ReduceShared):
             here = next(stage for stage in stages_of(action) if rank in ledger.placement[stage])
@@ -238,6 +248,9 @@ def _replay(
         elif isinstance(action, Offload | Fetch):
             moved = ledger.stages[action.stage].offloaded
             add((action.stage, action.microbatch), -moved if isinstance(action, Offload) else moved)
+            for tensor in [t for t in stays_here if isinstance(action, Offload) and t[1] == action.microbatch]:
+                if tensor[0] in ledger.stages[action.stage].away:
+                    add((_SENT, stays_here.pop(tensor)), ledger.bytes_of[tensor[0]])
         elif isinstance(action, Free):
             total -= held.pop((action.stage, action.microbatch), 0)
         elif isinstance(action, Step):

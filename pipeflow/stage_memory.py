@@ -40,6 +40,7 @@ class StageBytes:
         released: of what backward lets go of, what forward kept.
         kept: tensors that stay for backward, so that another stage of the rank gets them for free.
         offloaded: what may be on the host between forward and backward.
+        away: the tensors in that, which are not among `kept`.
     """
 
     forward_peak: int
@@ -50,6 +51,7 @@ class StageBytes:
     released: int
     kept: frozenset[str]
     offloaded: int = 0
+    away: frozenset[str] = frozenset()
 
     def peak(self, kind: Kind, *, first: bool) -> int:
         """At most meanwhile. Where backward is split, its first half has the peak of the whole."""
@@ -145,6 +147,7 @@ class _Walk:
             backward_end=gradients_out - gradients_in - kept,
             released=kept,
             kept=frozenset(self.keeper) - away,
+            away=frozenset(away),
             offloaded=sum(layer.movable_bytes for layer in self.layers if layer.name in offload) + self.bytes_of(away),
         )
 
