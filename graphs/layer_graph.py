@@ -525,6 +525,14 @@ class LayerGraph:
         return self._owner_by_name[name]
 
     @cached_property
+    def may_lack_gradients(self) -> bool:
+        """Whether backward may give no gradient for a tensor that needs one.
+
+        A loss that is a mean over counts has no backward on a micro-batch that counts nothing.
+        """
+        return any(layer.count is not None for layer in self._layers.values())
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the structure: names, edges, specs and what layers are made of; not of weights."""
         from pipeflow.graphs.description import digest

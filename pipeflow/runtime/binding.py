@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.reduction import reduce_gradients
 from pipeflow.runtime.stage import Call, Slots
 from pipeflow.runtime.synchronised_norm import Group
-from pipeflow.runtime.transport import Payload, Transport
+from pipeflow.runtime.transport import Transport
 
 Closure = Callable[[], None]
 
@@ -248,9 +249,10 @@ class Binder:
                 if slots[slot] is not None:
                     gradient = row[last]
                     for part in others:
-                        gradient = gradient + row[part]
-                    tensors.append(slots[slot])
-                    upstream.append(gradient)
+                        gradient = _add(gradient, row[part])
+                    if gradient is not None:
+                        tensors.append(slots[slot])
+                        upstream.append(gradient)
             for name, slot in losses:
                 if slots[slot] is not None and factors[name][m]:
                     tensors.append(slots[slot])
@@ -262,7 +264,7 @@ class Binder:
             if row:
                 row.clear()
             for target, part, slot in handover:
-                target[m][part] = _gradient(slots[slot])
+                target[m][part] = slots[slot].grad
 
         return backward
 
@@ -281,7 +283,7 @@ class Binder:
 
         def post() -> None:
             slots = live[m]
-            send(m, None if slots is None else [_gradient(slots[i]) for i in slots_sent])
+            send(m, None if slots is None else [slots[i].grad for i in slots_sent])
 
         return post
 
@@ -299,9 +301,11 @@ class Binder:
         if not names:
             return None
         stage, m = self.state.stages[action.route.target], action.microbatch
-        rows: Sequence[dict[str, Tensor]]
+        rows: Sequence[dict[str, Any]]
         rows = stage.arrivals if action.route.direction is Direction.FORWARD else stage.gradients
-        receive: Callable[[int], Payload] = self.transport.receiver(Route(*action.route[:3], names), action.peer)
+        receive: Callable[[int], Sequence[Any] | None] = self.transport.receiver(
+            Route(*action.route[:3], names), action.peer
+        )
         also = [(self.state.stages[n].arrivals, common) for n, common in self.messages.shared(action.route, m)]
 
         def wait() -> None:
@@ -312,7 +316,7 @@ class Binder:
         def wait_for_several() -> None:
             payload = receive(m)
             if payload is not None:
-                row = dict(zip(names, payload, strict=True))
+                row: dict[str, Any] = dict(zip(names, payload, strict=True))
                 rows[m].update(row)
                 for others, common in also:
                     others[m].update((name, row[name]) for name in common)
@@ -413,6 +417,8 @@ def _edge(root: Tensor) -> GradientEdge | None:
     return get_gradient_edge(root) if root.requires_grad else None
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    """The gradient of a leaf; zeros where the layers that read it turned out not to need it."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, as autograd adds them: of which either may not have been given."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total + part

@@ -39,7 +39,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
-from pipeflow.program import Placement, Receive, Route
+from pipeflow.program import Direction, Placement, Receive, Route
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
 from pipeflow.runtime.transport import Aborted, Payload
 
@@ -123,6 +123,26 @@ def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
     return Plan.model_validate_json(share_text(plan.model_dump_json() if plan else None, source=source))
 
 
+@dataclass(slots=True)
+class _Posted:
+    """A posted receive.
+
+    Attributes:
+        tensors: where they will be; None for an empty micro-batch.
+        present: a byte for each, 0 for a gradient that backward did not give; None where all are.
+    """
+
+    works: list[Any]
+    tensors: list[Tensor] | None
+    present: Tensor | None = None
+
+    def payload(self) -> Payload:
+        """What has arrived."""
+        if self.present is None or self.tensors is None:
+            return self.tensors
+        return [t if is_there else None for t, is_there in zip(self.tensors, self.present.tolist(), strict=True)]
+
+
 @dataclass
 class _Channel:
     """What this rank will receive from one peer, and what it knows to have arrived there.
@@ -133,7 +153,7 @@ class _Channel:
         num_released: of these, how many are let go of.
     """
 
-    posted: deque[tuple[list[Any], list[Tensor] | None]] = field(default_factory=deque)
+    posted: deque[_Posted] = field(default_factory=deque)
     waiting: deque[Receive] = field(default_factory=deque)
     arrived: deque[int] = field(default_factory=deque)
     num_released: int = 0
@@ -202,6 +222,7 @@ class DistributedTransport:
         self._world = dist.new_group(backend=backend) if backend == "nccl" else self._up
         self._channels: dict[int, _Channel] = {}
         self._cut = even_cut(0, 1)
+        self._may_lack = False
         self._tag = 0
         self._step = 0
         self._started: float | None = None
@@ -238,7 +259,12 @@ class DistributedTransport:
             self._layouts[key] = (spec.shape_at(size, dict(lengths)), getattr(torch, spec.dtype))
         return self._layouts[key]
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
+    def _zeros(self, name: str, microbatch: int) -> Tensor:
+        shape, dtype = self._layout(name, microbatch)
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+        self._may_lack = may_lack
         self._cut = cut
         self._tag = cut.tag
         self._step += 1
@@ -287,22 +313,27 @@ class DistributedTransport:
         peer = dist.get_group_rank(group, receive.peer)
         if not self._cut.sizes[receive.microbatch]:
             empty = torch.empty(1, device=self._device)
-            channel.posted.append(([group.recv([empty], peer, self._tag)], None))
+            channel.posted.append(_Posted([group.recv([empty], peer, self._tag)], None))
             return
         tensors = []
         for name in receive.route.payload:
             shape, dtype = self._layout(name, receive.microbatch)
             tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
-        channel.posted.append(([group.recv([t], peer, self._tag) for t in tensors], tensors))
+        works = [group.recv([t], peer, self._tag) for t in tensors]
+        present = None
+        if self._may_lack and receive.route.direction is Direction.BACKWARD:
+            present = torch.empty(len(tensors), dtype=torch.uint8)
+            works.append(self._towards(receive.peer, self.rank).recv([present], receive.peer, self._tag))
+        channel.posted.append(_Posted(works, tensors, present))
 
     def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
         sent = self._sent.setdefault(peer, deque())
 
         def receive(microbatch: int) -> Payload:
             channel = self._channels[peer]
-            works, tensors = channel.posted.popleft()
+            posted = channel.posted.popleft()
             try:
-                for work in works:
+                for work in posted.works:
                     work.wait()
                 self._post(channel)
                 arrived = channel.arrived.popleft()
@@ -311,7 +342,7 @@ class DistributedTransport:
                     channel.num_released += 1
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
-            return tensors
+            return posted.payload()
 
         return receive
 
@@ -326,14 +357,23 @@ class DistributedTransport:
             else:
                 for name, tensor in zip(route.payload, payload, strict=True):
                     shape, dtype = self._layout(name, microbatch)
+                    if tensor is None:
+                        continue
                     if tensor.shape != shape or tensor.dtype != dtype:
                         raise EngineError(
                             f"tensor {name!r} is {tensor.dtype} of {tuple(tensor.shape)}, but {dtype} of {shape} by "
                             "the graph; a layer must give the same for real data as for inference"
                         )
-                tensors = [t.contiguous() for t in payload]
+                tensors = [
+                    self._zeros(name, microbatch) if t is None else t.contiguous()
+                    for name, t in zip(route.payload, payload, strict=True)
+                ]
             try:
-                sent.append(_Sent(route, microbatch, [group.send([t], target, self._tag) for t in tensors], tensors))
+                works = [group.send([t], target, self._tag) for t in tensors]
+                if self._may_lack and payload is not None and route.direction is Direction.BACKWARD:
+                    tensors.append(torch.tensor([t is not None for t in payload], dtype=torch.uint8))
+                    works.append(self._towards(self.rank, peer).send([tensors[-1]], peer, self._tag))
+                sent.append(_Sent(route, microbatch, works, tensors))
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
 

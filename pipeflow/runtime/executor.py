@@ -168,7 +168,7 @@ class Executor:
         position = -1
         try:
             self.state.begin(batch, share=share * loss_scale, draw=draw)
-            self.transport.begin(self._receives, batch.cut, self._arrived)
+            self.transport.begin(self._receives, batch.cut, self._arrived, may_lack=self.state.graph.may_lack_gradients)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()
             self._wait_statistics()

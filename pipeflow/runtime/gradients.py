@@ -85,14 +85,18 @@ def gradient_norms(parameters: Mapping[str, nn.Parameter], names: Sequence[str])
     if not present:
         return [0.0] * len(names)
     norms = torch.stack([_norm(parameters[n]) for n in present]).tolist()
-    by_name = dict(zip(present, norms, strict=True))
+    # Squares of large finite numbers may not be finite in their own type.
+    again = {
+        n: float(_norm(parameters[n], torch.float64)) for n, v in zip(present, norms, strict=True) if v == math.inf
+    }
+    by_name = dict(zip(present, norms, strict=True)) | again
     return [by_name.get(n, 0.0) for n in names]
 
 
-def _norm(parameter: nn.Parameter) -> Tensor:
+def _norm(parameter: nn.Parameter, at_least: torch.dtype = torch.float32) -> Tensor:
     assert parameter.grad is not None
     # A norm in a half type would soon be infinite, or coarse.
-    dtype = torch.promote_types(parameter.grad.dtype, torch.float32)
+    dtype = torch.promote_types(parameter.grad.dtype, at_least)
     norm: Tensor = torch.linalg.vector_norm(parameter.grad, dtype=dtype)
     return norm.double()
 
@@ -105,7 +109,7 @@ def decide(
     Raises:
         NonFiniteError: the policy says so; it names the losses and parameters.
     """
-    norm = math.sqrt(math.fsum(n * n for n in norms)) if all(map(math.isfinite, norms)) else math.nan
+    norm = math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
     if policy.loss_scaled and not math.isfinite(norm):
         return Verdict(skip=True, overflow=True, norm=norm)
     finite = math.isfinite(norm) and all(map(math.isfinite, losses.values()))
@@ -120,7 +124,7 @@ def decide(
         )
     if policy.clip_norm is None:
         return Verdict(norm=norm)
-    # torch's own rule, its small constant included.
+    # torch's own rule, its small constant included: an infinite norm scales by 0, one that is no number by itself.
     return Verdict(scale=min(1.0, policy.clip_norm / (norm + 1e-6)) if norm == norm else math.nan, norm=norm)
 
 

@@ -46,7 +46,14 @@ def prepare(graph: LayerGraph, plan: Plan, *, synchronised: bool = False) -> Map
     """
     graph.check()
     _check_match(graph, plan)
-    lockstep = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if synchronised and layer.norm_calls}
+    normed = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if synchronised and layer.norm_calls}
+    lockstep = {index for index in normed if plan.stages[index].num_replicas > 1}
+    if lockstep and graph.may_lack_gradients:
+        counted = next(layer.name for layer in graph.layers.values() if layer.count is not None)
+        raise PlanError(
+            f"batch_norm='synchronised' with loss {counted!r}, a mean over counts: a micro-batch that counts nothing "
+            "has no backward, for which other replicas would wait; pass 'deferred', or give such stages one replica"
+        )
     whole = _prepare(graph, plan, lockstep)
     _check_steps(graph, plan, whole.programs[Mode.TRAIN])
     phases = {name: _prepare(graph.in_phase(name), plan.in_phase(name), lockstep) for name in graph.phases}

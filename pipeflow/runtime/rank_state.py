@@ -33,7 +33,7 @@ class StageState:
         compiled: its layers as calls.
         replica: its weights.
         arrivals: by micro-batch, activations from other stages by tensor name.
-        gradients: by micro-batch, gradients from other stages by part name.
+        gradients: by micro-batch, gradients from other stages by part name; None where backward gave none.
         outbox: by micro-batch, what is to be sent to each other stage; a send takes it out.
         live: by micro-batch, the slots between its forward and its `Free`. After forward, only what backward
             starts from or gives.
@@ -47,7 +47,7 @@ class StageState:
     compiled: CompiledStage
     replica: StageReplica
     arrivals: list[dict[str, Tensor]] = field(default_factory=list)
-    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor | None]] = field(default_factory=list)
     outbox: list[dict[int, list[Tensor]]] = field(default_factory=list)
     live: list[Slots | None] = field(default_factory=list)
     finish_reduce: Callable[[], None] | None = None

@@ -36,20 +36,27 @@ def reduce_gradients(
             for held, gradient in zip(parameters, local, strict=True)
         ]
         message = torch.cat([*parts, present])
-        pending.append((parameters, start(message if dtype is None else message.to(dtype))))
+        if dtype is not None:
+            message = message.to(_complex_of(dtype) if message.is_complex() else dtype)
+        pending.append((parameters, start(message)))
 
     def finish() -> None:
         while pending:
             parameters, wait = pending.pop(0)
             total = wait()
             *sums, present = torch.split(total, [*(held[0].numel() for held in parameters), len(parameters)])
-            for held, gradient, count in zip(parameters, sums, present.tolist(), strict=True):
+            for held, gradient, count in zip(parameters, sums, present.real.tolist(), strict=True):
                 for i, parameter in enumerate(held):
                     # Each copy has a gradient of its own, since clipping changes it in place.
                     own = gradient.clone() if i else gradient
                     parameter.grad = own.view_as(parameter).to(parameter.dtype) if count else None
 
     return finish
+
+
+def _complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex type of which this is a part; there is none of halves that all kernels know."""
+    return torch.complex128 if dtype is torch.float64 else torch.complex64
 
 
 def _local_sum(held: Sequence[nn.Parameter]) -> Tensor | None:

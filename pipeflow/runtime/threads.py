@@ -131,7 +131,7 @@ class ThreadTransport:
         self._rank = rank
         self._device = device
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
         if self._copies:
             self._arrived = {}
             for receive, count in zip(receives, arrived, strict=True):
@@ -163,9 +163,10 @@ class ThreadTransport:
             payload = get()
             if payload is _STOP:
                 raise Aborted
-            if payload and payload[0].device != device:  # type: ignore[index]
-                return [t.to(device, non_blocking=True) for t in payload]  # type: ignore[attr-defined]
-            return payload  # type: ignore[return-value]
+            assert payload is None or isinstance(payload, list)
+            if payload and any(t is not None and t.device != device for t in payload):
+                return [None if t is None else t.to(device, non_blocking=True) for t in payload]
+            return payload
 
         if not self._copies:
             return receive
@@ -173,7 +174,7 @@ class ThreadTransport:
 
         def receive_a_copy(microbatch: int) -> Payload:
             payload = receive(microbatch)
-            copies = None if payload is None else [t.clone() for t in payload]
+            copies = None if payload is None else [None if t is None else t.clone() for t in payload]
             arrived = self._arrived[peer].popleft()
             while self._num_released[peer] < arrived:
                 sent.popleft()

@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeflow.program import Receive, Route
 from pipeflow.runtime.cut import Cut
 
-Payload = Sequence[Tensor] | None
-"""The tensors of a route, in its order; None for an empty micro-batch."""
+Payload = Sequence[Tensor | None] | None
+"""The tensors of a route, in its order: None for one that backward did not give. None for an empty micro-batch."""
 
 
 class Aborted(Exception):
@@ -26,7 +26,7 @@ class Aborted(Exception):
 class Transport(Protocol):
     """One rank's end of the communication."""
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None:
+    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
         """A step starts.
 
         Args:
@@ -34,6 +34,7 @@ class Transport(Protocol):
             cut: how large the micro-batches are.
             arrived: for each receive, how many of the messages to its peer have then arrived
                 (`pipeflow.arrivals`); empty where that is not known before the end.
+            may_lack: whether gradients may be None. Where they may not, one that is may arrive as zeros.
         """
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:

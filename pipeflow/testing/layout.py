@@ -111,7 +111,8 @@ def check_layout_invariance(
         graph: the model. Use float64 with several replicas, and with copies of shared parameters.
         plan: for it.
         batches: training steps to take, of any sizes, each whole or in micro-batches.
-        optimizer: by default SGD with momentum; with several replicas in small steps, so that
+        optimizer: by default SGD with momentum and weight decay, which moves what has a gradient of zeros and
+            leaves alone what has none; with several replicas in small steps, so that
             rounding is not blown up, and else in larger ones, so that a gradient's last bit shows.
         num_accumulated: batches whose gradients are only added up, before each that steps.
         options: further keyword options that engine and reference share (`training_options`).
@@ -119,7 +120,7 @@ def check_layout_invariance(
     """
 
     def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=0.05 if single else 1e-3, momentum=0.9)
+        return torch.optim.SGD(parameters, lr=0.05 if single else 1e-3, momentum=0.9, weight_decay=0.01)
 
     factory = optimizer or sgd
     single = all(stage.num_replicas == 1 for stage in plan.stages) and not _keeps_copies(plan)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import BatchError, GraphError
-from pipeflow.testing import check_layout_invariance
+from pipeflow.errors import BatchError, GraphError, PlanError
+from pipeflow.testing import check_layout_invariance, run_ranks
 from tests.runtime.models import make_plan, sgd
 
 
@@ -67,6 +67,70 @@ def test_is_bitwise_the_reference_for_any_batch() -> None:
     graph = tokens_graph()
     batches = [tokens_batch(10, padded=3), tokens_batch(2), tokens_batch(7, padded=6)]
     check_layout_invariance(graph, make_plan(graph, STAGES), batches)
+
+
+def root(x: Tensor) -> Tensor:
+    """Has no finite gradient at 0, where nothing may be propagated back."""
+    return x.relu().square().sum(-1, keepdim=True).sqrt() * torch.ones(4)
+
+
+def rooted_graph(dtype: str = "float32") -> pf.LayerGraph:
+    """A layer whose backward turns zeros into what is no number, before one that is trained by two losses."""
+    graph = pf.LayerGraph("rooted")
+    x, mask = graph.input("x", ("B", 4), dtype), graph.input("mask", ("B",), dtype)
+    hidden = graph.add("hidden", pf.lazy(nn.Linear, 4, 4, dtype=getattr(torch, dtype)), x)
+    value = graph.add("root", root, graph.add("none", torch.mul, hidden, graph.add("some", column, mask)))
+    graph.loss("loss", weighted_square, value, mask, count=mask)
+    graph.loss("other", weighted_square, graph.add("twice", torch.add, hidden, hidden), mask, count=mask)
+    return graph
+
+
+def column(mask: Tensor) -> Tensor:
+    return mask[:, None]
+
+
+def weighted_square(x: Tensor, mask: Tensor) -> Tensor:
+    return ((x - 1).square().mean(-1) * mask).sum() / mask.sum()
+
+
+def rooted_batch(dtype: torch.dtype, num_samples: int, num_counted: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(num_samples)
+    x = torch.randn(num_samples, 4, generator=generator, dtype=dtype)
+    return {"x": x, "mask": (torch.arange(num_samples) < num_counted).to(dtype)}
+
+
+ROOTED = [(["hidden", "some", "none"], (0,)), (["root"], (1,)), (["twice", "other"], (0,)), (["loss"], (2,))]
+ROOTED_REPLICAS = [(["hidden", "some", "none"], (0, 2)), (["root", "loss"], (1, 2, 0)), (["twice", "other"], (1, 0))]
+
+
+def check_nothing_goes_back(rank: int = 0) -> None:
+    """Micro-batches that count nothing have no gradient on any stage, not one of zeros."""
+    for schedule in pf.SCHEDULES:
+        graph = rooted_graph()
+        batches = [rooted_batch(torch.float32, n, k) for n, k in ((8, 4), (10, 1), (2, 1))]
+        check_layout_invariance(graph, make_plan(graph, ROOTED, schedule=schedule), batches)
+        graph = rooted_graph("float64")
+        batches = [rooted_batch(torch.float64, n, k) for n, k in ((8, 4), (10, 1), (2, 1))]
+        check_layout_invariance(graph, make_plan(graph, ROOTED_REPLICAS, schedule=schedule), batches)
+
+
+def test_a_micro_batch_that_counts_nothing_sends_no_gradient() -> None:
+    check_nothing_goes_back()
+
+
+def test_a_micro_batch_that_counts_nothing_sends_no_gradient_over_processes() -> None:
+    for result in run_ranks(check_nothing_goes_back, 3):
+        assert result.error is None, result.trace
+
+
+def test_counted_losses_and_synchronised_norms_are_refused_together() -> None:
+    graph = pf.LayerGraph("both")
+    x, mask = graph.input("x", ("B", 4)), graph.input("mask", ("B",))
+    graph.loss("loss", weighted_square, graph.add("norm", pf.lazy(nn.BatchNorm1d, 4), x), mask, count=mask)
+    plan = make_plan(graph, [(["norm", "loss"], (0, 1))])
+    with pytest.raises(PlanError, match="'synchronised' with loss 'loss', a mean over counts"):
+        pf.Engine(graph, plan, sgd, batch_norm="synchronised")
+    pf.Engine(graph, make_plan(graph, [(["norm", "loss"], (0,))]), sgd, batch_norm="synchronised").close()
 
 
 def test_predicting_needs_no_counts() -> None:

@@ -25,11 +25,14 @@ from pipeflow.testing import unit_costs
 class Network:
     """A transport that forgets what it sends, and receives ones."""
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int]) -> None: ...
+    def begin(
+        self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False
+    ) -> None: ...
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
         def send(microbatch: int, payload: Payload) -> None:
             assert payload is not None
+            assert payload[0] is not None
             assert payload[0].shape == (2, 4)
 
         return send

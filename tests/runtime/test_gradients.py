@@ -73,6 +73,70 @@ def test_clips_as_torch_does(options: dict[str, float], clip: Callable[[list[nn.
             torch.testing.assert_close(state[f"{name}.{key}"], parameter.detach(), rtol=1e-5, atol=1e-7)
 
 
+class Times(torch.autograd.Function):
+    """The value itself; its gradient is so many times as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def steep_graph(factor: float) -> pf.LayerGraph:
+    graph = pf.LayerGraph("steep")
+    hidden = graph.add("first", pf.lazy(nn.Linear, 8, 8), graph.input("x", ("B", 8)))
+    hidden = graph.add("steep", Times.apply, hidden, factor)
+    graph.loss("loss", torch.mean, graph.add("second", pf.lazy(nn.Linear, 8, 4), hidden))
+    return graph
+
+
+@pytest.mark.parametrize("factor", [1e25, float("inf")])
+def test_large_and_infinite_gradients_are_clipped_as_torch_clips_them(factor: float) -> None:
+    """Finite ones are, though their squares are not; an infinite norm leaves of finite gradients nothing."""
+    graph = steep_graph(factor)
+    plan = make_plan(graph, [(["first"], (0,)), (["steep"], (1,)), (["second", "loss"], (2,))], num_microbatches=1)
+    batch = {"x": forked_batch(1)["x"]}
+    nonfinite = "skip" if factor == 1e25 else "ignore"
+    reference = pf.Reference(graph, sgd, clip_norm=1.0, nonfinite=nonfinite)  # type: ignore[arg-type]
+    with pf.Engine(graph, plan, sgd, clip_norm=1.0, nonfinite=nonfinite) as engine:  # type: ignore[arg-type]
+        before = engine.state_dict()
+        assert engine.step(batch) == reference.step(batch)
+        after = engine.state_dict()
+    torch.testing.assert_close(after, reference.state_dict(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(after["second.weight"], before["second.weight"])  # scaled by next to nothing, or by 0
+    assert bool(after["first.weight"].isnan().any()) == (factor == float("inf"))
+    if factor == 1e25:
+        assert not torch.equal(after["first.weight"], before["first.weight"])
+
+
+class Complex(nn.Module):
+    """A weight that is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.complex(torch.linspace(0, 1, 8), torch.linspace(1, 3, 8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).abs()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_complex_gradients_keep_their_imaginary_part_in_sums_of_a_chosen_type(dtype: str) -> None:
+    graph = pf.LayerGraph("complex")
+    hidden = graph.add("times", pf.lazy(Complex), graph.input("x", ("B", 8)))
+    graph.loss("loss", torch.mean, hidden)
+    batch = {"x": forked_batch(8)["x"]}
+    reference = pf.Reference(graph, sgd, num_microbatches=4)
+    plan = make_plan(graph, [(["times"], (0, 1)), (["loss"], (0,))])
+    with pf.Engine(graph, plan, sgd, precision=pf.Precision(reduce=dtype)) as engine:  # type: ignore[arg-type]
+        for _ in range(3):
+            assert engine.step(batch).loss == pytest.approx(reference.step(batch).loss, rel=1e-6)
+
+
 def poisoned(size: int) -> dict[str, torch.Tensor]:
     batch = forked_batch(size)
     batch["x"][-1] = float("inf")

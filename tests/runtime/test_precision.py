@@ -120,7 +120,7 @@ def spy_on_sends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[torch
         send = sender(self, route, peer)
 
         def noted(microbatch: int, payload: Payload) -> None:
-            seen.append((str(route), tuple(tensor.dtype for tensor in payload or ())))
+            seen.append((str(route), tuple(tensor.dtype for tensor in payload or () if tensor is not None)))
             send(microbatch, payload)
 
         return noted
