@@ -44,11 +44,11 @@ class MicroBatches:
     def parts(self, name: str, device: torch.device | None = None) -> Sequence[Tensor | None]:
         """An input's part of each micro-batch; None for those that were not given."""
         if isinstance(self.given, Mapping):
-            value = self.given[name]
+            value = _trainable(self.given[name])
             if device is not None:
                 value = value.to(device, non_blocking=True)
             return torch.split(value, list(self.cut.sizes))
-        parts = [microbatch[name] for microbatch in self.given]
+        parts = [_trainable(microbatch[name]) for microbatch in self.given]
         if device is not None:
             parts = [part.to(device, non_blocking=True) for part in parts]
         return [*parts, *[None] * (len(self.cut.sizes) - len(parts))]
@@ -167,11 +167,16 @@ class BatchReader:
             ) from error
 
 
+def _trainable(value: Tensor) -> Tensor:
+    """The tensor, of which backward may save parts: one made in inference mode is copied."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+
+
 def _signature(batch: Any) -> Any:
     """Equal for batches that are checked and cut alike; None where something is no tensor."""
     if not isinstance(batch, Mapping):
         parts = [_signature(part) for part in batch] if type(batch) in (list, tuple) else [None]
         return None if None in parts else parts
-    if not all(isinstance(value, Tensor) for value in batch.values()):
+    if not all(type(value) is Tensor and value.layout is torch.strided for value in batch.values()):
         return None
-    return [(name, value.shape, value.dtype, value.is_meta) for name, value in batch.items()]
+    return [(name, v.shape, v.dtype, v.is_meta, v.requires_grad) for name, v in batch.items()]

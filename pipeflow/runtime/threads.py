@@ -13,6 +13,7 @@ from queue import SimpleQueue
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeflow.program import Placement, Receive, Route
 from pipeflow.runtime.cut import Cut
@@ -22,14 +23,14 @@ _STOP = object()
 
 
 class _Sum:
-    """A sum over several ranks, added in rank order whoever comes last."""
+    """A sum over several ranks, added in rank order by whoever comes last, into what each of them gave."""
 
     def __init__(self, num_ranks: int) -> None:
         self._parts: list[Tensor | None] = [None] * num_ranks
         self._missing = num_ranks
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self._total: Tensor | None = None
+        self._is_complete = False
 
     def give(self, position: int, part: Tensor) -> None:
         with self._lock:
@@ -37,23 +38,26 @@ class _Sum:
             self._missing -= 1
             last = self._missing == 0
         if last:
-            parts = [p for p in self._parts if p is not None]
-            total = parts[0].clone()
-            for p in parts[1:]:
-                total += p.to(total.device)
-            self._total = total
-            self._parts.clear()
+            total, *others = (p for p in self._parts if p is not None)
+            with _disable_current_modes():  # a meter would count what is the others'
+                for p in others:
+                    total += p.to(total.device)
+                for p in others:
+                    p.copy_(total)
+            self._is_complete = True
             self._done.set()
 
     def abort(self) -> None:
         self._done.set()
 
-    def wait(self, device: torch.device) -> Tensor:
+    def wait(self, position: int) -> Tensor:
+        """The sum, in the memory of what the rank at this position gave."""
         self._done.wait()
-        if self._total is None:
+        part = self._parts[position]
+        if not self._is_complete or part is None:
             raise Aborted
-        # Each rank gets its own copy, since it will be a gradient that an optimizer may change.
-        return self._total.to(device, copy=True)
+        self._parts[position] = None
+        return part
 
 
 class Exchange:
@@ -186,18 +190,20 @@ class ThreadTransport:
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
         replicas = self._exchange.placement[stage]
         running = self._exchange.join_sum("reduce", stage, self._rank, len(replicas))
-        running.give(replicas.index(self._rank), tensor)
-        return lambda: running.wait(self._device)
+        position = replicas.index(self._rank)
+        running.give(position, tensor)
+        return lambda: running.wait(position)
 
     def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
         running = self._exchange.join_sum("shared", stages, self._rank, len(ranks))
-        running.give(ranks.index(self._rank), tensor)
-        return lambda: running.wait(self._device)
+        position = ranks.index(self._rank)
+        running.give(position, tensor)
+        return lambda: running.wait(position)
 
     def start_share(self, values: Tensor) -> Callable[[], Tensor]:
         running = self._exchange.join_sum("share", 0, self._rank, self._exchange.num_ranks)
         running.give(self._rank, values)
-        return lambda: running.wait(torch.device("cpu"))
+        return lambda: running.wait(self._rank)
 
     def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
         for peer in peers:

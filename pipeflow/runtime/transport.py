@@ -44,7 +44,7 @@ class Transport(Protocol):
         """A function that waits for the payload of a micro-batch from `peer`."""
 
     def start_reduce(self, stage: int, tensor: Tensor) -> Callable[[], Tensor]:
-        """Starts to sum `tensor` over the stage's replicas; the result waits and gives the sum."""
+        """Starts to sum `tensor` over the stage's replicas; the result waits and gives the sum, maybe in its memory."""
 
     def start_shared(self, stages: tuple[int, ...], ranks: tuple[int, ...], tensor: Tensor) -> Callable[[], Tensor]:
         """Starts to sum `tensor` over `ranks`, all that hold a replica of one of the stages."""

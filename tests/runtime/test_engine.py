@@ -181,3 +181,19 @@ def test_measured_tells_seconds_by_stage() -> None:
     assert len(measured.peak_bytes_by_rank) == len(measured.predicted_bytes_by_rank) == 3
     assert all(s > 0 for s in (*measured.forward_seconds, *measured.backward_seconds))
     assert measured.iteration_seconds > max(measured.forward_seconds)
+
+
+def test_a_batch_of_the_shapes_of_the_one_before_is_looked_at_all_the_same() -> None:
+    graph = forked_graph()
+    batch = forked_batch(8)
+    with pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd) as engine:
+        expected = engine.evaluate(batch).loss
+        for _ in range(2):
+            with pytest.raises(BatchError, match="'x' of the batch requires grad"):
+                engine.evaluate({**batch, "x": batch["x"].clone().requires_grad_()})
+            with pytest.raises(BatchError, match=r"'x' of the batch is a torch.sparse_coo tensor"):
+                engine.evaluate({**batch, "x": batch["x"].to_sparse()})
+            assert engine.evaluate(batch).loss == expected
+        with torch.inference_mode():
+            made = {name: value + 0 for name, value in batch.items()}
+        assert engine.step(made).loss == expected

@@ -81,8 +81,11 @@ def test_counted_peaks_are_within_a_tenth_of_the_predicted(name: str, schedule: 
 
 
 @pytest.mark.parametrize("recompute", ["never", "always"])
-def test_and_on_replicas(recompute: str) -> None:
-    assert ratios("transformer", "1f1b", recompute, (2, 1)) == pytest.approx([1, 1, 1], abs=0.1)
+@pytest.mark.parametrize("replicas", [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("name", ["transformer", "two_long_skips"])
+def test_and_on_replicas(name: str, replicas: tuple[int, ...], recompute: str) -> None:
+    """Whoever comes to a sum of gradients last, which is another rank each time."""
+    assert ratios(name, "1f1b", recompute, replicas) == pytest.approx([1] * sum(replicas), abs=0.1)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
