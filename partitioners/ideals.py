@@ -34,6 +34,7 @@ from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import closest
 from pipeflow.partitioners.feasibility import no_cut_fits, require_feasible, shortfall
 from pipeflow.partitioners.lattice import Lattice, StageCosts, enumerate_ideals
+from pipeflow.partitioners.moves import settle
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders
@@ -161,7 +162,8 @@ class Programme:
     def ample(self) -> float:
         """More seconds than any stage can take."""
         lattice, most = self.lattice, range(1, self.problem.replica_limit + 1)
-        whole = lattice.work[-1:], lattice.parameters[-1:], np.array([2 * float(lattice.passing.max())]), np.zeros(1)
+        moved = np.array([2 * float(lattice.passing.max()) + lattice.most_unbound])
+        whole = lattice.work[-1:], lattice.parameters[-1:], moved, np.zeros(1)
         return max(float(self.costs.seconds(r, *whole)[0]) for r in most) + 1.0
 
     def chain(self, upper: float) -> list[_Step] | None:
@@ -202,6 +204,7 @@ class Programme:
         some = lattice.subsets(row, low, high)
         some = lattice.allowed(some[devices[some] > used + 1], row)
         inward, outward = lattice.transfers(some, row)
+        outward += lattice.unbound(some, row)
         return _Ideals(
             rows=some,
             compute=np.maximum(lattice.work[row] - lattice.work[some], 0.0),
@@ -225,16 +228,15 @@ class Programme:
         return fits
 
     def stages(self, chain: Sequence[_Step]) -> tuple[Stage, ...] | None:
-        """The stages of a chain; None if it leaves atoms out or breaks memory limits."""
+        """The stages of a chain, unbound atoms where they cost least; None if they break memory limits."""
         atoms, masks = self.problem.atoms, self.lattice.sorted_masks
-        if not all(atoms.bound):
-            return None
         firsts = [0, *itertools.accumulate(step.replicas for step in chain)]
         cut = []
         for step, first in zip(chain, firsts, strict=False):
             mask = masks[step.after] & ~masks[step.row]
             members = [atom for atom in range(atoms.count) if mask >> atom & 1]
             cut.append((members, tuple(range(first, first + step.replicas))))
-        placed = self.problem.pinned.on_pinned_devices(cut, self.problem.cluster.num_devices)
+        whole = cut if all(atoms.bound) else settle(self.problem, cut)
+        placed = self.problem.pinned.on_pinned_devices(whole, self.problem.cluster.num_devices)
         found = stages_of(self.problem, placed)
         return None if shortfall(self.problem, found) else found

@@ -10,7 +10,8 @@ A net with c ends in an ideal is open while 0 < c < all. Between I and J, with w
     sent       producer in J - I, open in J:      sum over nets open in J of w * [c_I = 0]
 
 so that one J is compared with many I by looking only at the few nets open in J. A net that several
-stages read is counted once, and unbound atoms are left out: both can only lower the costs.
+stages read is counted once; what unbound atoms add is counted at least (`pipeflow.partitioners.unbound`),
+their memory is left out: all that can only lower the costs.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeflow.partitioners.atoms import Floats, Ints
+from pipeflow.partitioners.atoms import Floats, Ints, Net
 from pipeflow.partitioners.feasibility import memory_limits
 from pipeflow.partitioners.objective import compute_seconds, reduction_volume
 from pipeflow.partitioners.problem import InFlight, PartitionProblem, Position
+from pipeflow.partitioners.unbound import UnboundGroup, unbound_groups
 
 
 def enumerate_ideals(problem: PartitionProblem, most: int, among: Collection[int] | None = None) -> list[int] | None:
@@ -149,10 +151,11 @@ class Lattice:
         """Ends, seconds and bytes to hold of each net; nets of the same ends are one."""
         bandwidth, latency = self.problem.transfer_link
         atoms = self.problem.atoms
+        counted = frozenset[Net]().union(*(group.counted for group, _ in self._groups))
         sums: dict[tuple[int, ...], tuple[float, float]] = {}
         for net in atoms.nets:
             ends = tuple(sorted(end for end in net.ends if atoms.bound[end]))
-            if len(ends) > 1:
+            if len(ends) > 1 and net not in counted:
                 seconds, held = sums.get(ends, (0.0, 0.0))
                 sums[ends] = (
                     seconds + latency + net.bytes / bandwidth,
@@ -160,6 +163,27 @@ class Lattice:
                 )
         amounts = np.array(list(sums.values())).reshape(-1, 2)
         return list(sums), amounts[:, 0], amounts[:, 1]
+
+    @cached_property
+    def _groups(self) -> list[tuple[UnboundGroup, list[Ints]]]:
+        """What unbound atoms cost, and for each net of a group how many of its ends are in each ideal."""
+        members = self.members
+        return [
+            (group, [members[:, list(ends)].sum(axis=1).astype(np.int64) for ends in group.nets])
+            for group in unbound_groups(self.problem)
+        ]
+
+    @property
+    def most_unbound(self) -> float:
+        """The most seconds that `unbound` can give."""
+        return math.fsum(float(group.table.max()) for group, _ in self._groups)
+
+    def unbound(self, some: Ints, row: int) -> Floats:
+        """Seconds that the stages from the ideals `some` to that of `row` spend on unbound atoms, at least."""
+        total = np.zeros(len(some))
+        for group, counts in self._groups:
+            total += group.seconds([count[row] - count[some] for count in counts])
+        return total
 
     @cached_property
     def _counts(self) -> NDArray[np.uint16]:

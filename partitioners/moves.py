@@ -16,12 +16,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
+from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import chain
 from pipeflow.partitioners.feasibility import require_feasible, shortfall
 from pipeflow.partitioners.objective import compute_seconds, objective, reduction_volume
+from pipeflow.partitioners.orders import place_free
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
 
@@ -30,6 +33,9 @@ _HOT, _COLD = 0.3, 0.003
 """Temperatures at the start and at the end, in units of what is made small."""
 
 _MOVES_PER_ATOM, _MOST_MOVES = 300, 300_000
+
+_MOST_PASSES = 20
+"""Over the unbound atoms, when these are settled."""
 
 
 def moves(problem: PartitionProblem) -> Partition:
@@ -71,6 +77,46 @@ def improve(
 
 def _is_valid(problem: PartitionProblem, stages: Sequence[Stage]) -> bool:
     return not shortfall(problem, stages) and not problem.pins.broken(stages)
+
+
+def settle(problem: PartitionProblem, cut: Cut) -> Cut:
+    """The cut with the atoms that are on none of its stages, which no order binds, where they cost least.
+
+    Each goes to where its neighbours are, and then wherever a move makes loads better, until none does.
+    """
+    stage_of = {atom: index for index, (atoms, _) in enumerate(cut) for atom in atoms}
+    order = place_free(problem.atoms, [*stage_of, *(a for a in range(problem.atoms.count) if a not in stage_of)])
+    stage = 0
+    for atom in order:
+        stage = stage_of.setdefault(atom, stage)
+    grown: list[list[int]] = [[] for _ in cut]
+    for atom in sorted(stage_of):
+        grown[stage_of[atom]].append(atom)
+    devices = [on for _, on in cut]
+    state = _State.of(problem, stages_of(problem, list(zip(grown, devices, strict=True))))
+    free = [atom for atom in range(problem.atoms.count) if not problem.atoms.bound[atom]]
+    for _ in range(_MOST_PASSES):
+        moved = False
+        for atom in free:
+            others = [s for s in range(len(cut)) if s != state.stage_of[atom]]
+            best = min((state.look(atom, s, max(state.loads)) for s in others), key=lambda m: m.worse, default=None)
+            if best is not None and best.worse < 0:
+                state.make(best)
+                moved = True
+        if not moved:
+            break
+    return state.cut()
+
+
+class _Move(NamedTuple):
+    """A move, what it makes of the terms and loads of its two stages, and how much worse that is."""
+
+    atom: int
+    source: int
+    target: int
+    terms: tuple[tuple[float, float, float], tuple[float, float, float]]
+    loads: tuple[float, float]
+    worse: float
 
 
 @dataclass
@@ -165,22 +211,31 @@ class _State:
             return None
         if len(self.devices[target]) > 1 and not atoms.replicable[atom]:
             return None
+        move = self.look(atom, target, guide)
+        if move.worse > 0 and draw.random() >= math.exp(-move.worse / heat):
+            return None
+        self.make(move)
+        return move.loads
+
+    def look(self, atom: int, target: int, guide: float) -> _Move:
+        """What a move would make of its two stages; no other changes."""
+        source = self.stage_of[atom]
         left, joined = self._transfers_after(atom, source, target)
-        amount = float(atoms.parameter_bytes[atom])
-        after = (
+        amount = float(self.problem.atoms.parameter_bytes[atom])
+        terms = (
             (self.compute[source] - self.seconds[source][atom], left, self.parameters[source] - amount),
             (self.compute[target] + self.seconds[target][atom], joined, self.parameters[target] + amount),
         )
-        loads = self.load(source, *after[0]), self.load(target, *after[1])
+        loads = self.load(source, *terms[0]), self.load(target, *terms[1])
         before = self.loads[source], self.loads[target]
         worse = sum((x / guide) ** _POWER for x in loads) - sum((x / guide) ** _POWER for x in before)
-        if worse > 0 and draw.random() >= math.exp(-worse / heat):
-            return None
-        for stage, terms, load in zip((source, target), after, loads, strict=True):
+        return _Move(atom, source, target, terms, loads, worse)
+
+    def make(self, move: _Move) -> None:
+        for stage, terms, load in zip((move.source, move.target), move.terms, move.loads, strict=True):
             self.compute[stage], self.transfers[stage], self.parameters[stage] = terms
             self.loads[stage] = load
-        self._count(atom, source, target)
-        return loads
+        self._count(move.atom, move.source, move.target)
 
     def _transfers_after(self, atom: int, source: int, target: int) -> tuple[float, float]:
         """Transfers of the two stages after a move; no other stage's change."""
@@ -210,8 +265,11 @@ class _State:
             if not count[source]:
                 del count[source]
 
-    def stages(self) -> tuple[Stage, ...]:
+    def cut(self) -> Cut:
         cut: list[list[int]] = [[] for _ in self.devices]
         for atom, stage in enumerate(self.stage_of):
             cut[stage].append(atom)
-        return stages_of(self.problem, list(zip(cut, self.devices, strict=True)))
+        return list(zip(cut, self.devices, strict=True))
+
+    def stages(self) -> tuple[Stage, ...]:
+        return stages_of(self.problem, self.cut())

@@ -13,6 +13,10 @@ the next. It holds where stages have one replica on devices alike, transfers add
 smaller number of stages will do, and memory cannot bind (or v takes none). No pin may name v, nor
 count stages or layers.
 
+An atom that takes no time is joined with an atom that is an end of all its nets, however many others
+are, if the order allows it as above: there it touches no stage that its nets do not touch anyway. (Where
+each reading stage costs the producer once more, only if it produces nothing that several read.)
+
 `join` gives up a stated part of the optimum for a smaller problem. Let t be the transfers between u
 and v, c the compute of v and r its other transfers. The stage that gains v pays c + r - t more at
 most, and the one that loses it r - c - t. Where the first is at most e (c_u + t) and the second at most
@@ -23,7 +27,7 @@ atom is in two pairs: so no stage becomes dearer than 1 + e times what it was. P
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -104,13 +108,16 @@ def _disjoint_pairs(problem: PartitionProblem, most_loss: float = 0.0) -> Iterat
     seconds = [compute_seconds(group, device) for group in atoms.layers]
     stays = _takes_memory(problem)
     taken: set[int] = set()
+    for v, u in _without_seconds(problem, seconds):
+        if u not in taken and v not in taken and not stays[v] and v not in problem.pinned.fixed:
+            taken |= {u, v}
+            yield _Pair(u, v, 0.0)
     for v in range(atoms.count):
         partners = inside[v]
         if v in taken or not partners or stays[v] or v in problem.pinned.fixed or outside[v] == math.inf:
             continue
         u = max(sorted(partners), key=partners.__getitem__)
-        before, after = set(atoms.predecessors[v]), set(atoms.successors[v])
-        if u in taken or not (before == {u} or after == {u} or not before | after):
+        if u in taken or not _may_stand_with(atoms, v, u):
             continue
         rest, between = outside[v] + math.fsum(w for other, w in partners.items() if other != u), partners[u]
         loss = max(
@@ -120,6 +127,29 @@ def _disjoint_pairs(problem: PartitionProblem, most_loss: float = 0.0) -> Iterat
         if loss <= most_loss:
             taken |= {u, v}
             yield _Pair(u, v, loss)
+
+
+def _may_stand_with(atoms: Atoms, v: int, u: int) -> bool:
+    """Whether v may be on the stage of u, wherever that is."""
+    before, after = set(atoms.predecessors[v]), set(atoms.successors[v])
+    return before == {u} or after == {u} or not before | after
+
+
+def _without_seconds(problem: PartitionProblem, seconds: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """(v, u) where v takes no time and u is an end of all its nets, and v may stand where u does."""
+    atoms = problem.atoms
+    common: dict[int, set[int]] = {}
+    for net in atoms.nets:
+        for end in net.ends:
+            others = set(net.ends) - {end}
+            if problem.fan_out == "stage" and end == net.producer and len(net.readers) > 1:
+                others = set()
+            common[end] = common[end] & others if end in common else others
+    for v in range(atoms.count):
+        if seconds[v] == 0.0:
+            u = min((u for u in common.get(v, ()) if _may_stand_with(atoms, v, u)), default=None)
+            if u is not None:
+                yield v, u
 
 
 def _part(excess: float, spent: float) -> float:
