@@ -47,7 +47,7 @@ _MOST_REFUSED = 12
 """So many atoms that do not fit end a stage."""
 
 _MOST_WORK = 9_000_000
-"""Atoms put on stages, over all searches, that are worth their time; fewer if their square is less."""
+"""Atoms put on stages, over all searches, that are worth their time; fewer if half their square is less."""
 
 
 def supports(problem: PartitionProblem) -> str | None:
@@ -103,7 +103,7 @@ def improve(
     # Where no bound is known, thresholds begin at a hair.
     floor, left = (
         bound or math.ulp(math.fsum(search.graph.seconds) or 1.0),
-        min(_MOST_WORK, problem.atoms.count**2),
+        min(_MOST_WORK, problem.atoms.count**2 // 2),
     )
     for width, num_ends in _SEARCHES:
         for factor in _FACTORS:
