@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import networkx as nx
@@ -31,7 +30,7 @@ from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.nesting import Constant, flatten, rebuild
 from pipeflow.graphs.sizes import Length
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
-from pipeflow.values import Value
+from pipeflow.values import Value, read_value, write_text
 
 
 class _Spec(Value):
@@ -89,17 +88,14 @@ def save(graph: LayerGraph, path: str | os.PathLike[str]) -> None:
         "layers": [encode_layer(layer, graph.specs, refuse) for layer in graph.layers.values()],
         **encode_phases(graph.phases),
     }
-    Path(path).write_text(json.dumps(description, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(description, indent=1, allow_nan=False) + "\n", error=FormatError)
 
 
 def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
     """Reads a graph; see `LayerGraph.load`."""
     check_prefixes(allow)
     name = os.fspath(path)
-    try:
-        file = _Graph.model_validate(json.loads(Path(path).read_bytes(), object_pairs_hook=_unique))
-    except (ValueError, RecursionError) as error:  # of JSON, of text encoding, of pydantic
-        raise FormatError(f"{name} is not a graph: {error}") from error
+    file = read_value(_Graph, path, what="a graph", error=FormatError)
     _check_order(file)
 
     def find(target: str, role: Role) -> Callable[..., Any]:
@@ -122,14 +118,6 @@ def load(path: str | os.PathLike[str], allow: Sequence[str]) -> LayerGraph:
     for phase in file.phases:
         graph.phase(phase.name, losses=phase.losses, trains=phase.trains)
     return graph
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each key once: a second input of one name would hide the first."""
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object; names must be unique")
-    return dict(pairs)
 
 
 def _source(layer: _Layer, find: Resolver) -> Lazy | Function:

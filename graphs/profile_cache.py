@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeflow.errors import CostError, FormatError
+from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts
-from pipeflow.values import Value
+from pipeflow.values import Value, read_value, write_text
 
 
 class _Entry(Value):
@@ -40,27 +40,25 @@ def write(path: str | os.PathLike[str], key: Mapping[str, Any], costs: GraphCost
     """Keeps the costs besides those that are there; a reader never sees half a file.
 
     Raises:
-        FormatError: the file is there but is no such file.
+        FormatError: the file is there but is no such file, or it cannot be written.
     """
     entries = {**_load(path).entries, _name(key): _Entry(key=dict(key), costs=costs)}
     target = Path(path)
     scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        scratch.write_text(_File(entries=entries).model_dump_json(indent=1) + "\n")
+        write_text(scratch, _File(entries=entries).model_dump_json(indent=1) + "\n", error=FormatError)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
 
 
 def _load(path: str | os.PathLike[str]) -> _File:
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
+    if not Path(path).exists():
         return _File()
     try:
-        return _File.model_validate_json(content)
-    except (ValueError, CostError) as error:
-        raise FormatError(f"{os.fspath(path)} holds no costs: {error}; delete it or name another cache") from error
+        return read_value(_File, path, what="a file that keeps costs", error=FormatError)
+    except FormatError as error:
+        raise FormatError(f"{error}; delete it or name another cache") from error
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -10,13 +10,25 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeflow.errors import ClusterError
-from pipeflow.values import Bytes, Count, Index, Seconds, Value
+from pipeflow.units import parse_bytes
+from pipeflow.values import Bytes, Count, Index, Seconds, Value, read_value, told, write_text
+
+
+def _amount(value: object) -> object:
+    """An amount of bytes that is written as text, as a number; everything else as it is."""
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+Memory = Annotated[Bytes | None, BeforeValidator(_amount)]
+"""Bytes, in a file also as text such as "16GiB"; None for no limit."""
+
+Bandwidth = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_amount)]
+"""Bytes per second, in a file also as text such as "10GB"; None for no limit."""
 
 
 class Device(Value):
@@ -34,10 +46,10 @@ class Device(Value):
 
     name: str
     kind: str = "cpu"
-    memory_bytes: Bytes | None = None
+    memory_bytes: Memory = None
     speed: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     speed_by_kind: Mapping[str, float] = Field(default_factory=dict)
-    host_bandwidth: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    host_bandwidth: Bandwidth = None
 
 
 class Level(Value):
@@ -50,7 +62,7 @@ class Level(Value):
     """
 
     size: Count
-    bandwidth: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    bandwidth: Bandwidth = None
     latency: Seconds = 0.0
 
 
@@ -59,7 +71,7 @@ class Link(Value):
 
     a: Index
     b: Index
-    bandwidth: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    bandwidth: Bandwidth = None
     latency: Seconds = 0.0
 
 
@@ -72,7 +84,8 @@ class Cluster(Value):
         links: pairs that differ from their level.
 
     Raises:
-        ClusterError: no device, levels that do not nest or do not span all, a link to nowhere.
+        ClusterError: no device or two of one name, levels that do not nest or do not span all, a link to
+            nowhere, or two unlike links of one pair.
     """
 
     format: Literal["pipeflow-cluster-1"] = "pipeflow-cluster-1"
@@ -84,6 +97,10 @@ class Cluster(Value):
     def _check(self) -> Self:
         if not self.devices:
             raise ClusterError("a cluster of 0 devices; it needs at least 1")
+        names = [device.name for device in self.devices]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ClusterError(f"{names.count(twice)} devices are named {twice!r}; give each a name of its own")
         for inner, outer in zip(self.levels, self.levels[1:], strict=False):
             if outer.size <= inner.size or outer.size % inner.size:
                 raise ClusterError(
@@ -97,6 +114,13 @@ class Cluster(Value):
         for link in self.links:
             if max(link.a, link.b) >= len(self.devices) or link.a == link.b:
                 raise ClusterError(f"link {link.a}-{link.b} does not join two of {len(self.devices)} devices")
+            other = self._links[link.a, link.b]
+            if (other.bandwidth, other.latency) != (link.bandwidth, link.latency):
+                raise ClusterError(
+                    f"devices {link.a} and {link.b} are linked twice, with bandwidths {other.bandwidth} and "
+                    f"{link.bandwidth} and latencies {other.latency} and {link.latency}; a link is both ways: leave "
+                    "one of them out"
+                )
         return self
 
     @classmethod
@@ -116,17 +140,22 @@ class Cluster(Value):
             memory_bytes: overrides the device's.
             bandwidth: bytes per second; None for free transfers.
             latency: seconds.
+
+        Raises:
+            ClusterError: an amount that is none, or no device.
         """
-        model = device or Device(name="device")
-        memory = model.memory_bytes if memory_bytes is None else memory_bytes
         if num_devices < 1:
             raise ClusterError(f"a cluster of {num_devices} devices; it needs at least 1")
+        model = device or Device(name="device")
+        try:
+            if memory_bytes is not None:
+                model = Device(**{**dict(model), "memory_bytes": memory_bytes})
+            level = Level(size=num_devices, bandwidth=bandwidth, latency=latency)
+        except ValidationError as error:
+            raise ClusterError(f"a uniform cluster with {told(error)}") from error
         return cls(
-            devices=tuple(
-                model.model_copy(update={"name": f"{model.name}:{i}", "memory_bytes": memory})
-                for i in range(num_devices)
-            ),
-            levels=(Level(size=num_devices, bandwidth=bandwidth, latency=latency),),
+            devices=tuple(model.model_copy(update={"name": f"{model.name}:{i}"}) for i in range(num_devices)),
+            levels=(level,),
         )
 
     @classmethod
@@ -146,19 +175,20 @@ class Cluster(Value):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Cluster:
-        """Reads a cluster that `save` wrote, or that was written by hand.
+        """Reads a cluster that `save` wrote, or that was written by hand: amounts as 16GiB, if one likes.
 
         Raises:
             ClusterError: the file is not a cluster; the message names the key.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except ValidationError as error:
-            raise ClusterError(f"{os.fspath(path)} is not a cluster: {error}") from error
+        return read_value(cls, path, what="a cluster", error=ClusterError)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cluster as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+        """Writes the cluster as JSON.
+
+        Raises:
+            ClusterError: the file cannot be written.
+        """
+        write_text(path, self.model_dump_json(indent=1) + "\n", error=ClusterError)
 
     @property
     def num_devices(self) -> int:

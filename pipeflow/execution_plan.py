@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -19,7 +18,7 @@ from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.offload import check_offload
 from pipeflow.partitioners.partition import Certificate, Stage
 from pipeflow.partitioners.pins import Pins
-from pipeflow.values import Count, Value
+from pipeflow.values import Count, Value, read_value, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +77,7 @@ class Plan(Value):
                 stage_by_layer[layer] = index
             if outside := [d for d in stage.devices if d >= self.cluster.num_devices]:
                 raise PlanError(
-                    f"stage {index} is on device {outside[0]}, but the cluster has {self.cluster.num_devices}"
+                    f"stage {index} is on device {outside[0]}, but the cluster has {self.cluster.num_devices} devices"
                 )
             order = [self.costs.position_by_layer[layer] for layer in stage.layers]
             if order != sorted(order):
@@ -134,8 +133,12 @@ class Plan(Value):
         return self.model_copy(update={"costs": self.costs.in_phase(name)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+        """Writes the plan as JSON.
+
+        Raises:
+            PlanError: the file cannot be written.
+        """
+        write_text(path, self.model_dump_json(indent=1) + "\n", error=PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -144,10 +147,7 @@ class Plan(Value):
         Raises:
             PlanError: the file is not a plan; the message names the key.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except ValidationError as error:
-            raise PlanError(f"{os.fspath(path)} is not a plan: {error}") from error
+        return read_value(cls, path, what="a plan", error=PlanError)
 
     def explain(self, *, partitioner: str | Callable[[PartitionProblem], Partition] | None = "auto") -> PlanExplanation:
         """Why the plan costs what it costs, and what would change it; print it or take its `document()`.

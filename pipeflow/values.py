@@ -1,4 +1,4 @@
-"""The base of every value that enters or leaves the program as JSON.
+"""The base of every value that enters or leaves the program as JSON, and its way from and to files.
 
 Knows pydantic and nothing of what the values mean.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,3 +58,87 @@ class Value(BaseModel):
     def digest(self) -> str:
         """SHA-256 of `canonical_json`, as 64 hex digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+_V = TypeVar("_V", bound=Value)
+
+
+def read_value(kind: type[_V], path: str | os.PathLike[str], *, what: str, error: type[PipeflowError]) -> _V:
+    """The value in a JSON file.
+
+    Args:
+        what: the file should be, for example "a plan".
+        error: what is raised where it is not.
+
+    Raises:
+        error: there is no such file, or it is not one of these; a line for each key that is wrong.
+    """
+    return as_value(kind, read_json(path, what=what, error=error), path, what=what, error=error)
+
+
+def read_json(path: str | os.PathLike[str], *, what: str, error: type[PipeflowError]) -> Any:
+    """The document in a JSON file. Arguments and errors as `read_value`."""
+    name = os.fspath(path)
+    try:
+        return parse_json(Path(path).read_bytes())
+    except OSError as cause:
+        raise error(f"{name} cannot be read ({cause.strerror}); give the path of {what}") from cause
+    except (ValueError, RecursionError) as cause:  # of JSON, of text encoding
+        raise error(f"{name} is not {what}: it is not JSON ({cause})") from cause
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The document of a text, each key of an object once: a second one would hide the first.
+
+    Raises:
+        ValueError: it is not JSON, or a key stands twice.
+    """
+    return json.loads(content, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; names must be unique")
+    return result
+
+
+def as_value(
+    kind: type[_V], document: Any, path: str | os.PathLike[str], *, what: str, error: type[PipeflowError]
+) -> _V:
+    """The value that the document of a file is. Arguments and errors as `read_value`."""
+    try:
+        return kind.model_validate(document)
+    except ValidationError as cause:
+        raise error(f"{os.fspath(path)} is not {what}: {told(cause)}") from cause
+
+
+def told(error: ValidationError) -> str:
+    """What is wrong with a document: the key, the value seen and the rule, in a line for each."""
+    lines = [_told(detail) for detail in error.errors(include_url=False)]
+    return lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+
+
+def _told(detail: Any) -> str:
+    key = ".".join(map(str, detail["loc"]))
+    cause = detail.get("ctx", {}).get("error")
+    rule = str(cause) if cause is not None else f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"
+    if detail["type"] == "missing" or isinstance(cause, PipeflowError):  # which says what it saw
+        return f"{key}: {rule}" if key else rule
+    return f"{key or 'the whole'}: {reprlib.repr(detail['input'])}; {rule}"
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, error: type[PipeflowError]) -> None:
+    """Writes a file.
+
+    Raises:
+        error: it cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as cause:
+        raise error(
+            f"{os.fspath(path)} cannot be written ({cause.strerror}); name a file in a folder that there is"
+        ) from cause

@@ -7,7 +7,6 @@ JSON with `maxSizePerFPGA`, `maxFPGAs`, `nodes` and `edges`. Times are milliseco
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import networkx as nx
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.graphs.formats.profile import Profile, refusing
+from pipeflow.values import parse_json
 
 BANDWIDTH = 2.0**50
 """Bytes per second of the link that transfer times are expressed for."""
@@ -37,7 +37,7 @@ def read(path: Path, *, edge_scale: float = 1.0) -> Profile:
             are in a cycle.
     """
     with refusing(path, "a dnn-partitioning workload"):
-        return _profile(path.stem, json.loads(path.read_bytes()), edge_scale)
+        return _profile(path.stem, parse_json(path.read_bytes()), edge_scale)
 
 
 def _profile(name: str, data: Mapping[str, Any], edge_scale: float) -> Profile:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts
-from pipeflow.graphs.formats.profile import Profile, refusing
+from pipeflow.graphs.formats.profile import Profile
+from pipeflow.values import read_value
 
 
 def read(path: Path) -> Profile:
@@ -14,5 +16,5 @@ def read(path: Path) -> Profile:
     Raises:
         FormatError: the file is not what it should be; the message names the key.
     """
-    with refusing(path, "a file of pipeflow costs"):
-        return Profile(format="pipeflow", costs=GraphCosts.model_validate_json(path.read_bytes()))
+    costs = read_value(GraphCosts, path, what="a file of pipeflow costs", error=FormatError)
+    return Profile(format="pipeflow", costs=costs)

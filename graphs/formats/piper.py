@@ -9,7 +9,6 @@ where an edge enters or leaves their stage, there and back.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import networkx as nx
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts, Variant
 from pipeflow.graphs.formats.profile import Profile, refusing
+from pipeflow.values import parse_json
 
 
 def read(path: Path) -> Profile:
@@ -30,7 +30,7 @@ def read(path: Path) -> Profile:
             nodes are in a cycle, or a node has no alternative at all.
     """
     with refusing(path, "a Piper workload"):
-        return _profile(path.stem, json.loads(path.read_bytes()))
+        return _profile(path.stem, parse_json(path.read_bytes()))
 
 
 def _profile(name: str, data: Mapping[str, Any]) -> Profile:

@@ -5,7 +5,6 @@ Shared by the commands that plan. Knows files, modules and options; the search i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -87,6 +86,7 @@ def load_source(source: str, allow: Sequence[str] = ()) -> Source:
         FormatError: it is none of them, or `allow` is given with what does not heed it.
     """
     from pipeflow.recipe import load_recipe
+    from pipeflow.values import as_value, read_json
 
     path = Path(source)
     if path.suffix != ".json":
@@ -95,21 +95,13 @@ def load_source(source: str, allow: Sequence[str] = ()) -> Source:
         return Source(recipe=recipe, graph=recipe.graph())
     if not path.is_file():
         raise FormatError(f"{source} is not a file; give a recipe, a graph file or a costs file")
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"{source} is not JSON: {error}") from error
+    document = read_json(path, what="a graph or costs file", error=FormatError)
     form = document.get("format") if isinstance(document, dict) else None
     if form == "pipeflow-costs-1":
         _refuse_allow(source, allow)
-        from pydantic import ValidationError
-
         from pipeflow.graphs.costs import GraphCosts
 
-        try:
-            return Source(costs=GraphCosts.model_validate(document))
-        except ValidationError as error:
-            raise FormatError(f"{source} is not a costs file: {error}") from error
+        return Source(costs=as_value(GraphCosts, document, source, what="a costs file", error=FormatError))
     if form == "pipeflow-graph-1":
         from pipeflow.graphs.layer_graph import LayerGraph
 

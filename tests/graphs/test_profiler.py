@@ -170,7 +170,7 @@ def test_costs_for_another_torch_are_measured_anew(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_not_guessed_at(content: bytes, tmp_path: Path) -> None:
     cache = tmp_path / "costs.json"
     cache.write_bytes(content)
-    with pytest.raises(FormatError, match=r"(?s)costs\.json holds no costs.*delete it"):
+    with pytest.raises(FormatError, match=r"(?s)costs\.json is not a file that keeps costs.*delete it"):
         profile(chain(), batch(), cache=cache, **QUICK)
     assert cache.read_bytes() == content
 
