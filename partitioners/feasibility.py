@@ -69,7 +69,7 @@ def _count_reason(problem: PartitionProblem) -> str | None:
     needed = sum(problem.replicas) if problem.replicas else count
     if needed > devices:
         what = f"replicas {problem.replicas} need {needed} devices" if problem.replicas else f"{count} stages"
-        return f"{what}, but the cluster has {devices}; each replica of a stage needs a device of its own"
+        return f"{what}, but the cluster has {devices} devices; each replica of a stage needs a device of its own"
     return None
 
 

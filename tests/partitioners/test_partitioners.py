@@ -79,7 +79,7 @@ def test_chain_keeps_the_devices_in_order() -> None:
 
 
 def test_chain_gives_the_slow_device_less() -> None:
-    slow = Cluster.uniform(1).devices[0].model_copy(update={"speed": 0.25})
+    slow = Cluster.uniform(1).devices[0].model_copy(update={"name": "slow", "speed": 0.25})
     cluster = Cluster(devices=(*Cluster.uniform(1).devices, slow), levels=(Level(size=2),))
     problem = PartitionProblem(costs=line(1, 1, 1, 1, 1), cluster=cluster, max_replicas=1)
     assert shape(PARTITIONERS["chain"](problem)) == ["abcdx1", "ex1"]
@@ -110,8 +110,8 @@ def test_infeasible_says_what_and_how_much(name: str) -> None:
         return PartitionProblem(costs=costs, cluster=cluster, num_microbatches=4, **more)  # type: ignore[arg-type]
 
     assert "4 stages are asked for, but the graph has only 3 layers" in reasons(name, problem(8, num_stages=4))
-    assert "3 stages, but the cluster has 2" in reasons(name, problem(2, num_stages=3))
-    assert "replicas (2, 1) need 3 devices, but the cluster has 2" in reasons(name, problem(2, replicas=(2, 1)))
+    assert "3 stages, but the cluster has 2 devices" in reasons(name, problem(2, num_stages=3))
+    assert "replicas (2, 1) need 3 devices, but the cluster has 2 devices" in reasons(name, problem(2, replicas=(2, 1)))
     layer_alone = reasons(name, problem(2, 4 * MIB))
     assert "layer 'a' needs 5.0 MiB (1.0 MiB of parameters + 1.0 MiB of gradients" in layer_alone
     assert "lacks 1.0 MiB" in layer_alone
