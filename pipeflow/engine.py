@@ -43,7 +43,7 @@ from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
 from pipeflow.runtime.setup import Setup, join
-from pipeflow.runtime.state import copy_into
+from pipeflow.runtime.state import check_state, copy_into
 from pipeflow.runtime.threads import Exchange
 from pipeflow.runtime.transport import Aborted
 from pipeflow.runtime.workers import Workers
@@ -432,14 +432,23 @@ class Engine(AbstractContextManager["Engine"]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes parameters and buffers, by the names that `state_dict` gives; on every rank.
 
+        Optimizers keep their state. Gradients that wait for a step are of other weights, and let go of.
+
         Raises:
-            CheckpointError: a name is missing or unknown, or a shape or dtype differs.
+            CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing has changed.
         """
-        names = (*self.graph.parameters, *self.graph.buffers)
-        self._loads += 1
+        check_state(self.graph, state, self._precision.stored)
         for replica in self._ranks.every_replica:
-            copy_into(replica.tensors(), state, names)
+            copy_into(replica.tensors(), state)
             replica.written()
+        self._weights_loaded()
+
+    def _weights_loaded(self) -> None:
+        """Nothing that was made of the weights before is of use: gradients, decode sessions."""
+        self._loads += 1
+        self._open.stepped()
+        for replica in self._ranks.every_replica:
+            replica.drop_gradients()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes weights, optimizer and scheduler state and the step count to a folder.
@@ -453,11 +462,16 @@ class Engine(AbstractContextManager["Engine"]):
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote, under this or any other plan.
 
+        Gradients that wait for a step are let go of. An engine without an optimizer takes the weights
+        of any checkpoint; one with an optimizer takes those of the same optimizer and scheduler.
+        Collective under `torchrun`.
+
         Raises:
-            CheckpointError: files are missing or altered, or the checkpoint is another model's.
+            CheckpointError: files are missing or altered, or the checkpoint is another model's,
+                optimizer's or scheduler's, or of other `parameter_groups`; nothing has changed.
         """
-        self._loads += 1
         progress = checkpoint.load(path, self.graph, self._ranks.every_replica)
+        self._weights_loaded()
         self._step, self._calls = progress.step, progress.calls
         if self._scaler is not None and progress.loss_scale is not None:
             self._scaler.load_state_dict(progress.loss_scale)

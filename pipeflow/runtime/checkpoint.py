@@ -6,41 +6,45 @@ State is keyed by the model's own names, so any plan for the same graph can load
     optimizer.<layer>.<name>.<key>    an optimizer's tensors and numbers for a parameter;
                                       optimizer@<phase>. of a phase's own
 
-A manifest beside them lists the SHA-256 of every file, every key with its shape and dtype, and
-what is no tensor: the step, each parameter's hyper-parameters (learning rate, ...), schedulers,
-the scale of losses.
-torch's reader unpickles its index and takes flipped bits without a word; the manifest is JSON,
-and is compared with the files before the reader sees them. It protects from damage; it is not
-signed, so load checkpoints only from where you trust.
+A manifest beside them (`pipeflow.runtime.manifest`) lists the SHA-256 of every file, every key
+with its shape and dtype, and what is no tensor: the step, each parameter's optimizer and its
+options (learning rate, ...), schedulers, the scale of losses. A checkpoint is loaded whole or not
+at all: all ranks find that it fits what they hold before one of them changes anything.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from pipeflow.errors import CheckpointError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.distributed import gather_texts
-from pipeflow.runtime.optimizers import restore_scheduler
-from pipeflow.runtime.replica import StageReplica, Training
+from pipeflow.runtime.manifest import Manifest, file_digests, read_manifest, write_manifest
+from pipeflow.runtime.optimizer_state import (
+    check_training,
+    optimizer_key,
+    optimizer_state,
+    restore_training,
+    scheduler_state,
+)
+from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.state import copy_into
 
-_MANIFEST = "pipeflow.json"
-_FORMAT = "pipeflow-checkpoint-2"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,14 @@ class Progress:
     loss_scale: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one process saves: tensors by key, and the manifest's entries for them."""
+
+    tensors: dict[str, Tensor]
+    entries: dict[str, dict[str, Any]]
+
+
 def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], progress: Progress) -> None:
     """Writes a checkpoint. Collective where a process group is up.
 
@@ -67,52 +79,67 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
         progress: how far the training is.
 
     Raises:
-        CheckpointError: the folder holds something already.
+        CheckpointError: the folder holds something already or cannot be written, or an optimizer's state is
+            nothing that can be saved.
     """
     folder = Path(path)
     first = not dist.is_initialized() or dist.get_rank() == 0
-    problem = (
-        f"{folder} is not empty; save to a new folder" if first and folder.exists() and any(folder.iterdir()) else ""
-    )
-    if problem := next(filter(None, gather_texts(problem)), ""):
-        raise CheckpointError(problem)
+
+    def collect() -> _Part:
+        if first:
+            _check_new(folder)
+        return _collect(replicas)
+
+    def write() -> None:
+        with _torch_errors(f"{folder} cannot be written"):
+            save_tensors(dict(part.tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+    part = _together(collect)
+    _together(write)
+    parts = [json.loads(text) for text in gather_texts(json.dumps(part.entries))]
+
+    def conclude() -> None:
+        if first:
+            # The first rank's word counts where several have an entry.
+            merged = {kind: {k: v for p in reversed(parts) for k, v in p[kind].items()} for kind in part.entries}
+            entries = {
+                "graph": graph.digest,
+                "step": progress.step,
+                "calls": progress.calls,
+                "loss_scale": progress.loss_scale,
+                "files": file_digests(folder),
+            }
+            write_manifest(folder, Manifest.model_validate(entries | merged))
+
+    _together(conclude)  # nobody returns before the manifest is there
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; save to a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; save to a new folder")
+
+
+def _collect(replicas: Iterable[StageReplica]) -> _Part:
     tensors: dict[str, Tensor] = {}
-    settings: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
     schedulers: dict[str, Any] = {}
     for replica in replicas:
         tensors |= {f"model.{n}": t.detach() for n, t in replica.tensors().items() if n not in replica.borrowed}
         for phase, training in replica.training_by_phase.items():
-            moments, hyper = _optimizer_state(replica, training)
-            tensors |= {f"{_optimizer_key(phase)}.{name}": t for name, t in moments.items()}
-            settings |= {f"{_optimizer_key(phase)}.{name}": options for name, options in hyper.items()}
-            if training.scheduler is not None:
-                schedulers.setdefault(_optimizer_key(phase), _plain(training.scheduler.state_dict()))
-    with _quiet():
-        save_tensors(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
-    mine = {
-        "tensors": {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in tensors.items()},
-        "hyper": settings,
-        "schedulers": schedulers,
-    }
-    parts = [json.loads(text) for text in gather_texts(json.dumps(mine))]
-    if first:
-        manifest = {
-            "format": _FORMAT,
-            "graph": graph.digest,
-            "step": progress.step,
-            "calls": progress.calls,
-            "loss_scale": progress.loss_scale,
-            "tensors": {k: v for part in parts for k, v in part["tensors"].items()},
-            "hyper": {k: v for part in parts for k, v in part["hyper"].items()},
-            "schedulers": {k: v for part in reversed(parts) for k, v in part["schedulers"].items()},
-            "files": {f.name: _digest(f) for f in sorted(folder.iterdir())},
-        }
-        _write_last(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    gather_texts("")  # nobody returns before the manifest is there
+            key = optimizer_key(phase)
+            moments, records = optimizer_state(replica, training)
+            tensors |= {f"{key}.{name}": t for name, t in moments.items()}
+            trained |= {f"{key}.{name}": record.model_dump() for name, record in records.items()}
+            if scheduler := scheduler_state(training):
+                schedulers.setdefault(key, scheduler.model_dump())
+    saved = {n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()}
+    return _Part(tensors, {"tensors": saved, "trained": trained, "schedulers": schedulers})
 
 
 def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> Progress:
-    """Reads a checkpoint into stages, whatever plan it was written under.
+    """Reads a checkpoint into stages, whatever plan it was written under. Collective as `save`.
 
     Args:
         path: the folder.
@@ -122,51 +149,54 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
         How far the training was when it was written.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, a file is missing or altered, or the
-            checkpoint is of another model.
+        CheckpointError: the folder is no checkpoint, a file is missing or altered, or the checkpoint
+            is of another model, optimizer or scheduler. Nothing has changed then, on any rank.
     """
-    folder = Path(path)
-    manifest = _read_manifest(folder)
-    if manifest["graph"] != graph.digest:
-        raise CheckpointError(
-            f"{folder} is a checkpoint of graph {manifest['graph'][:12]}, this graph is {graph.digest[:12]}; "
-            "build the graph it was saved from"
-        )
-    held = list(replicas)
+    folder, held = Path(path), list(replicas)
+    manifest = _together(lambda: _check(read_manifest(folder), folder, graph, held))
     names = {name for replica in held for name in replica.tensors()}
-    wanted = {
-        key: torch.empty(shape, dtype=getattr(torch, dtype))
-        for key, (shape, dtype) in manifest["tensors"].items()
-        if _parameter_of(key, names) is not None
-    }
-    with _quiet():
-        load_tensors(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    model = {k.removeprefix("model."): v for k, v in wanted.items() if k.startswith("model.")}
+    tensors = _together(lambda: _read(folder, manifest, names))
+    model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     for replica in held:
-        own = replica.tensors()
-        copy_into(own, {name: model[name] for name in own if name in model}, own.keys())
+        copy_into(replica.tensors(), model)
         replica.written()
         for phase, training in replica.training_by_phase.items():
-            start = f"{_optimizer_key(phase)}."
-            moments = {k.removeprefix(start): v for k, v in wanted.items() if k.startswith(start)}
-            hyper = {k.removeprefix(start): v for k, v in manifest["hyper"].items() if k.startswith(start)}
-            _restore_optimizer(replica, training, moments, hyper)
-            saved = manifest["schedulers"].get(_optimizer_key(phase))
-            if saved is not None and training.scheduler is not None and training.optimizer is not None:
-                restore_scheduler(training.scheduler, saved, training.optimizer)
-    return Progress(int(manifest["step"]), int(manifest["calls"]), manifest.get("loss_scale"))
+            restore_training(replica, phase, training, tensors, manifest)
+    return Progress(manifest.step, manifest.calls, manifest.loss_scale)
 
 
-def _optimizer_key(phase: str | None) -> str:
-    return "optimizer" if phase is None else f"optimizer@{phase}"
+def _check(manifest: Manifest, folder: Path, graph: LayerGraph, replicas: Iterable[StageReplica]) -> Manifest:
+    """The manifest itself, if what it lists is what the replicas hold."""
+    if manifest.graph != graph.digest:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of graph {manifest.graph[:12]}, this graph is {graph.digest[:12]}; "
+            "build the graph it was saved from"
+        )
+    for replica in replicas:
+        for name, tensor in replica.tensors().items():
+            saved = manifest.tensors.get(f"model.{name}")
+            own = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            if saved is None or (saved.shape, saved.dtype) != own:
+                there = "not there" if saved is None else f"{saved.dtype} of {saved.shape}"
+                raise CheckpointError(
+                    f"{name!r} is {there} in {folder}, and {own[1]} of {own[0]} in the model; build the graph and "
+                    "give the precision it was saved with"
+                )
+        for phase, training in replica.training_by_phase.items():
+            check_training(replica, phase, training, manifest)
+    return manifest
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's remark that there is no process group, where there is none on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _read(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+    """The checkpoint's tensors for the parameters and buffers of these names, by key."""
+    with _torch_errors(f"{folder} cannot be read"):
+        wanted = {
+            key: torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
+            for key, saved in manifest.tensors.items()
+            if _parameter_of(key, names) is not None
+        }
+        load_tensors(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    return wanted
 
 
 def _parameter_of(key: str, names: Iterable[str]) -> str | None:
@@ -178,91 +208,31 @@ def _parameter_of(key: str, names: Iterable[str]) -> str | None:
     return name if name in names else None
 
 
-def _optimizer_state(replica: StageReplica, training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by `<parameter>.<key>`, hyper-parameters by parameter) of a replica's optimizer."""
-    if training.optimizer is None:
-        return {}, {}
-    name_by_id = {id(p): name for name, p in replica.parameters.items()}
-    tensors: dict[str, Tensor] = {}
-    hyper: dict[str, Any] = {}
-    for group in training.optimizer.param_groups:
-        options = {k: v for k, v in group.items() if k != "params"}
-        for parameter in group["params"]:
-            name = name_by_id[id(parameter)]
-            if name in replica.borrowed:
-                continue
-            hyper[name] = _plain(options)
-            for key, value in training.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"{name}.{key}"] = torch.as_tensor(value).detach()
-    return tensors, hyper
+def _together(work: Callable[[], _T]) -> _T:
+    """What the work gives, once it is done on every rank.
 
-
-def _restore_optimizer(
-    replica: StageReplica, training: Training, moments: Mapping[str, Tensor], hyper: Mapping[str, Any]
-) -> None:
-    """Gives an optimizer its state back, through its own `load_state_dict`."""
-    if training.optimizer is None:
-        return
-    name_by_id = {id(p): name for name, p in replica.parameters.items()}
-    packed = training.optimizer.state_dict()
-    keys_by_name: dict[str, dict[str, Tensor]] = {}
-    for full, value in moments.items():
-        name, _, key = full.rpartition(".")
-        keys_by_name.setdefault(name, {})[key] = value
-    packed["state"] = {}
-    for group, record in zip(training.optimizer.param_groups, packed["param_groups"], strict=True):
-        names = [name_by_id[id(p)] for p in group["params"]]
-        for name, index in zip(names, record["params"], strict=True):
-            if name in keys_by_name:
-                # Copies: replicas of a stage are given the same tensors, and each changes its own.
-                packed["state"][index] = {key: value.clone() for key, value in keys_by_name[name].items()}
-        if saved := hyper.get(names[0]):
-            record |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    training.optimizer.load_state_dict(packed)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise CheckpointError(
-        f"optimizer or scheduler state holds a {type(value).__name__}, which JSON cannot hold; use one whose "
-        "settings are numbers, text or tensors"
-    )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_last(file: Path, text: str) -> None:
-    """Writes the file so that it is there whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+    Raises:
+        CheckpointError: it failed on one of them; then it has on all, so that none waits for another.
+    """
+    cause, problem = None, ""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {_MANIFEST}; it is no checkpoint, or was not finished") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / _MANIFEST} is not JSON ({error}); it is damaged") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{folder / _MANIFEST} is not of format {_FORMAT!r}")
-    for name, digest in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; the checkpoint is not whole")
-        if _digest(file) != digest:
-            raise CheckpointError(f"{file} was altered since the checkpoint was written; restore it from a copy")
-    return manifest
+        result = work()
+    except Exception as error:
+        cause, problem = error, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    if problem := next(filter(None, gather_texts(problem)), ""):
+        raise CheckpointError(problem) from cause
+    return result
+
+
+@contextmanager
+def _torch_errors(what: str) -> Iterator[None]:
+    """What torch's reader and writer raise, as CheckpointError.
+
+    Without torch's remark that there is no process group, where there is none on purpose.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            yield
+    except (CheckpointException, Exception) as error:  # the first is no Exception
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error

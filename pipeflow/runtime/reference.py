@@ -34,7 +34,7 @@ from pipeflow.runtime.randomness import Callables
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory, StageReplica
 from pipeflow.runtime.result import StepResult
 from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
-from pipeflow.runtime.state import copy_into, needed_layers, read_inputs, required_inputs
+from pipeflow.runtime.state import check_state, copy_into, needed_layers, read_inputs, required_inputs
 from pipeflow.runtime.strides import packed, straight
 
 
@@ -281,5 +281,8 @@ class Reference:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes parameters and buffers by name. Errors as `pipeflow.Engine.load_state_dict`."""
-        copy_into(self._replica.tensors(), state, self._replica.tensors().keys())
+        check_state(self.graph, state, self._precision.stored)
+        copy_into(self._replica.tensors(), state)
         self._replica.written()
+        self._open.stepped()
+        self._replica.drop_gradients()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from pipeflow.errors import CheckpointError, EngineError
 from pipeflow.graphs.layer_graph import LayerGraph
+from pipeflow.graphs.tensor_spec import TensorSpec
 
 
 def needed_layers(graph: LayerGraph, outputs: Iterable[str]) -> frozenset[str]:
@@ -43,30 +44,41 @@ def required_inputs(graph: LayerGraph, layers: Iterable[str]) -> frozenset[str]:
     return read_inputs(graph, names).union(count for count in counts if count is not None)
 
 
-def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], all_names: Iterable[str]) -> None:
-    """Copies `state` into `tensors`, which are some of the model's.
+def check_state(graph: LayerGraph, state: Mapping[str, Tensor], stored: Callable[[TensorSpec], torch.dtype]) -> None:
+    """Refuses a state that is not the whole model's, before anything is copied: all ranks find the same.
 
     Args:
-        tensors: to be changed, by name.
-        state: new values; must have every name of `all_names` and no other.
+        state: new values by name.
+        stored: the dtype in which a parameter or buffer is held.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape or dtype differs.
     """
-    names = set(all_names)
-    if unknown := sorted(state.keys() - names):
+    specs = {**graph.parameters, **graph.buffers}
+    if unknown := sorted(state.keys() - specs.keys()):
         raise CheckpointError(
             f"state has {unknown[0]!r}, which the model has not ({len(unknown)} such); is it another model's?"
         )
-    if missing := sorted(names - state.keys()):
+    if missing := sorted(specs.keys() - state.keys()):
         raise CheckpointError(f"state lacks {missing[0]!r} ({len(missing)} such); is it another model's?")
-    for name, tensor in tensors.items():
-        value = state[name]
-        if value.shape != tensor.shape or value.dtype != tensor.dtype:
+    for name, spec in specs.items():
+        value, shape, dtype = state[name], spec.shape_at(1), stored(spec)
+        if not isinstance(value, Tensor) or value.is_meta:
+            what = "tensor without data" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"state has {name!r} as a {what}; give a tensor, {dtype} of {shape}")
+        if tuple(value.shape) != shape or value.dtype != dtype:
             raise CheckpointError(
-                f"state has {name!r} as {value.dtype} of {tuple(value.shape)}; the model has {tensor.dtype} of "
-                f"{tuple(tensor.shape)}"
+                f"state has {name!r} as {value.dtype} of {tuple(value.shape)}; the model has {dtype} of {shape}"
             )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copies `state` into `tensors`, some of the model's, which have been found to fit.
+
+    Args:
+        tensors: to be changed, by name.
+        state: new values.
+    """
+    for name, tensor in tensors.items():
+        tensor.copy_(state[name])
