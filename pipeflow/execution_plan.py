@@ -18,10 +18,11 @@ from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.offload import check_offload
 from pipeflow.partitioners.partition import Certificate, Stage
 from pipeflow.partitioners.pins import Pins
+from pipeflow.schedules import check_schedule_of_file
 from pipeflow.values import Count, Value, read_value, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pipeflow.partitioners.partition import Partition
     from pipeflow.partitioners.problem import PartitionProblem
@@ -141,13 +142,24 @@ class Plan(Value):
         write_text(path, self.model_dump_json(indent=1) + "\n", error=PlanError)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: str | os.PathLike[str], allow: Sequence[str] = ()) -> Plan:
         """Reads a plan that `save` wrote.
 
+        Args:
+            path: the file.
+            allow: import prefixes of schedules to trust besides those of `SCHEDULES`, for example
+                "mypackage" or "mypackage.orders". What a file names is imported and called.
+
         Raises:
-            PlanError: the file is not a plan; the message names the key.
+            PlanError: the file is not a plan, the message names the key; or it names a schedule that
+                is not allowed.
         """
-        return read_value(cls, path, what="a plan", error=PlanError)
+        plan = read_value(cls, path, what="a plan", error=PlanError)
+        try:
+            check_schedule_of_file(plan.schedule, allow)
+        except PlanError as error:
+            raise PlanError(f"{os.fspath(path)}: {error}") from error
+        return plan
 
     def explain(self, *, partitioner: str | Callable[[PartitionProblem], Partition] | None = "auto") -> PlanExplanation:
         """Why the plan costs what it costs, and what would change it; print it or take its `document()`.

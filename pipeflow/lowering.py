@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from pipeflow.errors import PlanError
+from pipeflow.errors import PipeflowError, PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.program import (
     Action,
@@ -80,14 +80,22 @@ def compute_order(
     if schedule is None and wiring.mode is Mode.INFER:
         name, order = "forward", forward_order
     else:
-        row = resolve_schedule(plan.schedule if schedule is None else schedule)
+        row = resolve_schedule(plan.schedule) if schedule is None else resolve_schedule(schedule, allow=None)
         name, order = row.name, row.order
     has_backward = wiring.has_backward
-    result = tuple(
-        tuple(c for c in computes if c.kind is Kind.FORWARD or has_backward[c.stage])
-        for computes in order(plan.placement, plan.num_microbatches)
-    )
-    _check_order(name, result, wiring)
+    try:
+        result = tuple(
+            tuple(c for c in computes if c.kind is Kind.FORWARD or has_backward[c.stage])
+            for computes in order(plan.placement, plan.num_microbatches)
+        )
+        _check_order(name, result, wiring)
+    except PipeflowError:
+        raise
+    except Exception as error:  # a function of anybody's, and whatever it gives
+        raise PlanError(
+            f"schedule {name!r} fails for {wiring.num_stages} stages and {wiring.num_microbatches} micro-batches: "
+            f"{type(error).__name__}: {error}; it must give every rank a tuple of the `Compute`s of its stages"
+        ) from error
     return result
 
 
@@ -99,6 +107,10 @@ def _check_order(name: str, order: Sequence[Sequence[Compute]], wiring: Wiring) 
     for rank, computes in enumerate(order):
         for compute in computes:
             kind, stage, microbatch = compute
+            if stage < 0 or microbatch < 0:
+                raise PlanError(
+                    f"schedule {name!r} orders {compute} on rank {rank}; stages and micro-batches count from 0"
+                )
             ranks = wiring.placement[stage]
             if ranks[microbatch % len(ranks)] != rank:
                 raise PlanError(

@@ -163,7 +163,7 @@ def _resolve_partitioner(partitioner: str | Partitioner) -> Partitioner:
 def _resolve_schedules(schedule: str | Schedule | OrderFunction) -> tuple[Schedule, ...]:
     if schedule == "auto":
         return tuple(SCHEDULES.values())
-    row = resolve_schedule(schedule)
+    row = resolve_schedule(schedule, allow=None)
     # A plan names its schedule, so that what is saved can be run.
     try:
         named = resolve_schedule(row.name)

@@ -23,7 +23,7 @@ from pipeflow.program import (
     parse_action,
     rank_of,
 )
-from pipeflow.schedules import SCHEDULES, ComputeOrder
+from pipeflow.schedules import SCHEDULES, ComputeOrder, OrderFunction, Schedule
 from pipeflow.testing.drawn_plans import plans
 from pipeflow.testing.hand import chain_costs, hand_plan
 
@@ -215,3 +215,39 @@ def test_routes_of_a_plan() -> None:
         Route(Direction.BACKWARD, 2, 0, ("l0#1",)),
         Route(Direction.BACKWARD, 2, 1, ("l1",)),
     )
+
+
+def odd_order(what: object) -> OrderFunction:
+    def order(placement: Placement, num_microbatches: int) -> ComputeOrder:
+        if isinstance(what, BaseException):
+            raise what
+        return what  # type: ignore[return-value]
+
+    return order
+
+
+GOOD = (Compute(Kind.FORWARD, 0, 0), Compute(Kind.BACKWARD, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (ZeroDivisionError("by nought"), "fails for 1 stages and 1 micro-batches: ZeroDivisionError: by nought"),
+        (None, "TypeError"),
+        (3, "TypeError"),
+        ((3,), "TypeError"),
+        (("text",), "AttributeError"),
+        ((), "orders 0 ranks"),
+        ((GOOD, ()), "orders 2 ranks"),
+        (((Compute(Kind.BACKWARD, 7, 0), *GOOD),), "IndexError"),
+        (((Compute(Kind.FORWARD, 0, 7), *GOOD),), "IndexError"),
+        (((Compute(Kind.FORWARD, -1, 0), GOOD[1]),), "count from 0"),
+        (((Compute(Kind.FORWARD, 0, -1), GOOD[1]),), "count from 0"),
+        ((GOOD[:1],), "it needs one F and one B"),
+        (PlanError("only for two stages"), "^only for two stages$"),
+    ],
+)
+def test_a_function_that_gives_no_order_is_named(what: object, message: str) -> None:
+    row = Schedule("mine", odd_order(what), SCHEDULES["gpipe"].in_flight)
+    with pytest.raises(PlanError, match=message):
+        lower(hand_plan(chain_costs(1), ((0,),), 1), schedule=row)

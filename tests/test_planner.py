@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -148,6 +149,19 @@ def test_a_function_stands_for_a_partitioner_and_for_a_schedule() -> None:
 
 def another_order(placement: Placement, num_microbatches: int) -> ComputeOrder:
     return SCHEDULES["gpipe"].order(placement, num_microbatches)
+
+
+def test_a_schedule_of_ones_own_is_found_in_its_process_and_in_files_where_it_is_allowed(tmp_path: Path) -> None:
+    made = plan(None, chain_costs(2), Cluster.uniform(2), batch_size=4, schedule=another_order)
+    assert made.schedule == f"{__name__}:another_order"
+    verify(Plan.model_validate_json(made.model_dump_json()))  # as ranks share it
+    made.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"plan\.json: schedule '.*' may not be named by a file.*allow="):
+        Plan.load(tmp_path / "plan.json")
+    for allow in ((__name__,), (__name__.partition(".")[0],)):
+        assert Plan.load(tmp_path / "plan.json", allow=allow) == made
+    with pytest.raises(PlanError, match="give a tuple"):
+        Plan.load(tmp_path / "plan.json", allow=__name__)
 
 
 def test_a_row_must_be_what_its_name_finds() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeflow.cli.console import print_json, working
-from pipeflow.cli.options import json_option
+from pipeflow.cli.options import allow_option, json_option
 from pipeflow.partitioners import PARTITIONERS
 
 
@@ -22,15 +22,16 @@ from pipeflow.partitioners import PARTITIONERS
 )
 @click.option("--bounds", is_flag=True, help="Bound those problems instead of solving them: at once, for any size.")
 @click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Also draw the graph, cut, to a file.")
+@allow_option
 @json_option
-def command(plan: str, partitioner: str, bounds: bool, svg: str | None, as_json: bool) -> None:
+def command(plan: str, partitioner: str, bounds: bool, svg: str | None, allow: tuple[str, ...], as_json: bool) -> None:
     """Tell which stage of PLAN is the bottleneck and why, what each cut costs, and what more would buy.
 
     PLAN is a file of `pipeflow plan`. Seconds are of one micro-batch of the batch.
     """
     from pipeflow.execution_plan import Plan
 
-    loaded = Plan.load(plan)
+    loaded = Plan.load(plan, allow)
     with working("") as say:
         say("explaining")
         story = loaded.explain(partitioner=None if bounds else partitioner)

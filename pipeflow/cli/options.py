@@ -55,6 +55,13 @@ def parse_amount(text: str) -> int:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
+allow_option = click.option(
+    "--allow",
+    multiple=True,
+    metavar="PREFIX",
+    help="An import prefix, such as mypackage, of a schedule that the plan may name besides pipeflow's.",
+)
+
 _OPTIONS = (
     click.option("--devices", type=click.IntRange(min=1), help="How many devices of this machine to plan for."),
     click.option("--cluster", type=click.Path(exists=True, dir_okay=False), help="A cluster file, instead."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeflow.cli.console import print_json, show, terminal_width
-from pipeflow.cli.options import json_option
+from pipeflow.cli.options import allow_option, json_option
 from pipeflow.report.table import Table
 from pipeflow.units import format_bytes, format_seconds
 
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 @click.option("--phase", help="Of this phase of the training, where the graph has any; by default all of it at once.")
 @click.option("--trace", type=click.Path(dir_okay=False, writable=True), help="Also write a Chrome/Perfetto trace.")
 @click.option("--width", type=click.IntRange(min=40), help="Columns of the drawing; by default the terminal's, or 100.")
+@allow_option
 @json_option
-def command(plan: str, mode: str, phase: str | None, trace: str | None, width: int | None, as_json: bool) -> None:
+def command(
+    plan: str, mode: str, phase: str | None, trace: str | None, width: int | None, allow: tuple[str, ...], as_json: bool
+) -> None:
     """Tell how long PLAN, a file of `pipeflow plan`, takes, who waits for whom, and what memory peaks at."""
     from pipeflow.execution_plan import Plan
     from pipeflow.lowering import lower
     from pipeflow.program import Mode
     from pipeflow.simulator import simulate
 
-    loaded = Plan.load(plan)
+    loaded = Plan.load(plan, allow)
     if phase is not None:
         loaded = loaded.in_phase(phase)
     timeline = simulate(lower(loaded, mode=Mode(mode)), plan=loaded)

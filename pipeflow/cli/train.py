@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeflow.cli.console import print_json, progress, show, working
-from pipeflow.cli.options import json_option, planning_options
+from pipeflow.cli.options import allow_option, json_option, planning_options
 from pipeflow.cli.planning import Request, Source, make_plan
 from pipeflow.errors import EngineError, PlanError
 from pipeflow.report.run import Epoch, Run, epoch_line, run_tables
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Take the same steps on one device afterwards and compare.",
 )
+@allow_option
 @json_option
 def command(
     recipe: str,
@@ -36,6 +37,7 @@ def command(
     epochs: int | None,
     seed: int,
     check_reference: bool,
+    allow: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -58,7 +60,13 @@ def command(
     graph = loaded.graph()
     source = Source(recipe=loaded, graph=graph)
     with working("", enabled=speaks) as say:
-        plan = _plan(source, Request(**options), plan_file, is_distributed=is_distributed, say=say)
+        request = Request(**options)
+        if plan_file is not None:
+            plan = _load(plan_file, allow, request)
+        elif allow:
+            raise PlanError(f"--allow {allow[0]} is given, but no plan is read; leave it out, or give --plan")
+        else:
+            plan = _plan(source, request, is_distributed=is_distributed, say=say)
     if talks:
         _introduce(plan)
     job = Job(
@@ -95,20 +103,25 @@ def _join() -> int:
     return dist.get_rank()
 
 
-def _plan(source: Source, request: Request, plan_file: str | None, *, is_distributed: bool, say: Any) -> Plan:
-    """The plan that all ranks run: from the file, or made here; made by rank 0 for all of them."""
+def _load(plan_file: str, allow: tuple[str, ...], request: Request) -> Plan:
     from pipeflow.execution_plan import Plan
 
-    if plan_file is not None:
-        if given := [f"--{name.replace('_', '-')}" for name in request.given()]:
-            raise PlanError(f"--plan fixes what {', '.join(given)} would; give one or the other")
-        return Plan.load(plan_file)
+    if given := [f"--{name.replace('_', '-')}" for name in request.given()]:
+        raise PlanError(f"--plan fixes what {', '.join(given)} would; give one or the other")
+    return Plan.load(plan_file, allow)
+
+
+def _plan(source: Source, request: Request, *, is_distributed: bool, say: Any) -> Plan:
+    """The plan that all ranks run, made here; by rank 0 for all of them."""
     if not is_distributed:
         return make_plan(source, request, on_phase=say)
     import torch.distributed as dist
 
     from pipeflow.runtime.distributed import share_plan
+    from pipeflow.schedules import resolve_schedule
 
+    if request.schedule not in (None, "auto"):
+        resolve_schedule(request.schedule, allow=None)  # here too: no rank imports what another's plan names
     if request.devices is None and request.cluster is None:
         request = request.for_ranks(dist.get_world_size(), source.recipe)
     return share_plan(make_plan(source, request, on_phase=say) if dist.get_rank() == 0 else None)

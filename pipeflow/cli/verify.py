@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeflow.cli.console import print_json, show
-from pipeflow.cli.options import json_option
+from pipeflow.cli.options import allow_option, json_option
 from pipeflow.errors import VerificationError
 from pipeflow.report.table import Table
 from pipeflow.units import format_bytes
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="What a send does: it never waits, as in pipeflow's own transports; or it waits for its receive.",
 )
+@allow_option
 @json_option
 @click.pass_context
-def command(context: click.Context, /, plan: str, semantics: str, as_json: bool) -> None:
+def command(context: click.Context, /, plan: str, semantics: str, allow: tuple[str, ...], as_json: bool) -> None:
     """Prove that PLAN, a file of `pipeflow plan`, runs to its end within the memory of its devices.
 
     All of its programs are proved: the one for training, the one for inference, and those of the
@@ -37,7 +38,7 @@ def command(context: click.Context, /, plan: str, semantics: str, as_json: bool)
     """
     from pipeflow.execution_plan import Plan
 
-    loaded = Plan.load(plan)
+    loaded = Plan.load(plan, allow)
     try:
         proofs = _prove(loaded, semantics)
     except VerificationError as error:

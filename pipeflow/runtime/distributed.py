@@ -116,7 +116,8 @@ def gather_texts(text: str) -> list[str]:
 def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
     """Gives every rank the plan of rank `source`; the others pass None.
 
-    Costs measured on each rank differ, so plans made on each rank would too.
+    Costs measured on each rank differ, so plans made on each rank would too. A schedule of one's own
+    must be imported on every rank: none imports what another's plan names.
     """
     if dist.get_rank() == source and plan is None:
         raise EngineError(f"rank {source} shares its plan and has None; plan there before")

@@ -106,6 +106,9 @@ def test_a_saved_plan_is_run(tmp_path: Path) -> None:
     done = train(recipe, "--plan", plan, "--stages", "1")
     assert done.exit_code == 2
     assert "--plan fixes what --stages would" in done.stderr
+    done = train(recipe, "--allow", "mine")
+    assert done.exit_code == 2
+    assert "no plan is read; leave it out" in done.stderr
 
 
 def test_a_plan_for_another_graph_is_refused(tmp_path: Path, plan_file: Path) -> None:

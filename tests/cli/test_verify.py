@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from pipeflow.cli import cli
@@ -58,3 +60,29 @@ def test_the_place_of_an_error_is_shown_when_asked(tight_plan_file: Path) -> Non
     done = CliRunner().invoke(cli, ["--traceback", "verify", str(tight_plan_file)])
     assert done.exit_code == 1
     assert type(done.exception).__name__ == "VerificationError"
+
+
+@pytest.mark.parametrize("name", ["os:system", "builtins:exec", "plan_of_an_attacker:order", "shutil:rmtree"])
+@pytest.mark.parametrize("command", ["verify", "simulate", "explain"])
+def test_a_file_may_not_name_what_is_called(
+    command: str, name: str, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan names as its schedule is called, with numbers out of the same file."""
+    (tmp_path / "plan_of_an_attacker.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan_file.write_text(plan_file.read_text().replace('"schedule": "1f1b"', f'"schedule": "{name}"'))
+    done = CliRunner().invoke(cli, [command, str(plan_file)])
+    assert done.exit_code == 2
+    assert "may not be named by a file" in done.stderr
+    assert "plan_of_an_attacker" not in sys.modules
+
+
+def test_a_schedule_that_is_allowed_is_imported(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "orders_of_a_friend.py").write_text("from pipeflow.schedules.gpipe import order, GPIPE as ROW\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan_file.write_text(plan_file.read_text().replace('"schedule": "1f1b"', '"schedule": "orders_of_a_friend:ROW"'))
+    for command in ("verify", "simulate", "explain"):
+        done = CliRunner().invoke(cli, [command, str(plan_file), "--allow", "orders_of_a_friend"])
+        assert done.exit_code == 0, done.output

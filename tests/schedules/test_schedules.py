@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -159,15 +160,36 @@ def test_names_are_resolved() -> None:
     ("name", "message"),
     [
         ("gpip", "known are 'gpipe', '1f1b'"),
-        ("nowhere.at.all:order", "cannot be imported"),
-        ("pipeflow.schedules:nothing", "cannot be imported"),
-        (":order", "cannot be imported"),
+        (":order", "known are 'gpipe', '1f1b'"),
+        ("pipeflow.schedules:nothing", "names nothing"),
         ("pipeflow.schedules:__all__", "not a function"),
+        ("pipeflow.schedules.gpipe:merge.__globals__", "names nothing"),
+        ("os:system", "names a builtin_function_or_method of posix"),
+        ("shutil:rmtree", "names a function of shutil"),
+        ("pipeflow.schedules:importlib", "not a function"),
     ],
 )
 def test_what_cannot_be_resolved_is_refused(name: str, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        resolve_schedule(name)
+    for allow in ((), None):
+        with pytest.raises(PlanError, match=message):
+            resolve_schedule(name, allow=allow)
+
+
+def test_nothing_is_imported_because_a_plan_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "orders_of_mine.py").write_text("def order(placement, count):\n    return ()\n")
+    (tmp_path / "orders_that_fail.py").write_text("raise ZeroDivisionError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PlanError, match="import orders_of_mine before, or load the plan with allow="):
+        resolve_schedule("orders_of_mine:order")
+    with pytest.raises(PlanError, match="import orders_of_mine before"):
+        resolve_schedule("orders_of_mine:order", allow=("orders_of", "other"))
+    assert "orders_of_mine" not in sys.modules
+    for allow in (("orders_of_mine",), None, ()):  # the last finds what the others imported
+        assert resolve_schedule("orders_of_mine:order", allow=allow).name == "orders_of_mine:order"
+    with pytest.raises(PlanError, match="cannot be imported .ZeroDivisionError: imported"):
+        resolve_schedule("orders_that_fail:order", allow=None)
+    with pytest.raises(PlanError, match="cannot be imported"):
+        resolve_schedule("nowhere.at.all:order", allow=None)
 
 
 def test_the_table_is_read_only_and_its_rows_know_their_names() -> None:
