@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeflow.errors import CostError
 from pipeflow.graphs import profile_cache
+from pipeflow.graphs.code_digest import code_digest
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.graphs.layer_bench import GraphRun, Tensors, TimedLayer
 from pipeflow.graphs.layer_graph import LayerGraph
@@ -49,8 +50,8 @@ def profile(
         device: where to measure.
         num_repeats: samples of each time.
         warmup: calls before the first sample.
-        cache: a file that keeps costs; what was measured for the same graph, samples, device,
-            torch and options is read from it.
+        cache: a file that keeps costs; what was measured for the same graph, code of its layers,
+            samples, device, torch and options is read from it.
         seed: for the weights of layers built by `pf.lazy`.
         num_threads: that torch uses for one operation on the CPU, as each rank of an in-process
             run does; None leaves it alone.
@@ -71,13 +72,17 @@ def profile(
     where = torch.device(device)
     key = {
         "graph": graph.digest,
+        "code": code_digest({name: layer.source for name, layer in graph.layers.items()}),
         "device": describe_device(where),
         "amounts": 2,  # what is measured: more than the first version did
         "samples": samples,
         **({"lengths": dict(lengths)} if lengths else {}),
         "torch": str(torch.__version__),
-        "num_threads": num_threads,
+        "matmul": torch.get_float32_matmul_precision(),
+        "num_threads": num_threads or torch.get_num_threads(),
         "num_repeats": num_repeats,
+        "warmup": warmup,
+        "seed": seed,
     }
     if cache is not None and (known := profile_cache.read(cache, key)) is not None:
         return known
