@@ -65,7 +65,8 @@ class Engine(AbstractContextManager["Engine"]):
         lr_scheduler: makes a scheduler from an optimizer; stepped after each step; one that takes
             a metric (`ReduceLROnPlateau`) is given the step's loss. By phase as well.
         parameter_groups: options of the optimizer for parameters by name pattern, for example
-            `{"*.bias": {"weight_decay": 0.0}}`; the first pattern that fits `<layer>.<name>` holds.
+            `{"*.bias": {"weight_decay": 0.0}}`; the first pattern that fits `<layer>.<name>` holds. A
+            shared parameter goes by each of its names.
         clip_norm: scale gradients so that their norm over the whole model is at most this.
         clip_value: cut every element of the gradients to this absolute value, after `clip_norm`.
         nonfinite: where a loss or gradient is infinite or no number, "ignore" it as torch does,
@@ -133,7 +134,7 @@ class Engine(AbstractContextManager["Engine"]):
             copies=find_copies(graph, plan),
             optimizers=for_each_phase(graph, optimizer, "optimizer"),
             schedulers=for_each_phase(graph, lr_scheduler, "lr_scheduler"),
-            groups=check_groups(parameter_groups, graph.parameters),
+            groups=check_groups(parameter_groups, graph),
             policy=GradientPolicy(
                 clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
             ),

@@ -82,7 +82,7 @@ class Reference:
         self._replica.record_statistics(graph, check_choice(batch_norm), num_replicas=1)
         scale = self._precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
-        groups = check_groups(parameter_groups, graph.parameters)
+        groups = check_groups(parameter_groups, graph)
         schedulers = for_each_phase(graph, lr_scheduler, "lr_scheduler")
         for phase, factory in for_each_phase(graph, optimizer, "optimizer").items():
             self._replica.make_optimizer(factory, schedulers.get(phase), groups, phase)

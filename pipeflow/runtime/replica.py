@@ -16,7 +16,7 @@ from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import trained_parameters
 from pipeflow.runtime.masters import Masters
 from pipeflow.runtime.optimizers import check_optimizer, follows_loss
-from pipeflow.runtime.parameter_groups import ParameterGroups, grouped
+from pipeflow.runtime.parameter_groups import Grouping
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.randomness import Callables, RandomLayer, layer_key
 from pipeflow.runtime.running_statistics import BatchNormChoice, RunningStatistics
@@ -118,7 +118,7 @@ class StageReplica:
         self,
         factory: OptimizerFactory,
         scheduler: SchedulerFactory | None,
-        groups: ParameterGroups,
+        groups: Grouping,
         phase: str | None = None,
     ) -> None:
         """Gives the replica its optimizer for a phase, unless it trains no parameter of it."""
@@ -127,7 +127,8 @@ class StageReplica:
             of_phase = trained_parameters(self._graph, self._graph.phases[phase])
             trained = {name: p for name, p in self.parameters.items() if name in of_phase}
         if trained:
-            self.optimizer = check_optimizer(factory(grouped(trained, groups)), trained)
+            self.optimizer = check_optimizer(factory(groups.grouped(trained)), trained)
+            groups.check_made(self.optimizer, trained)
             self.scheduler = scheduler(self.optimizer) if scheduler else None
         self.training_by_phase[phase] = Training(frozenset(trained), self.optimizer, self.scheduler)
         if phase is not None:

@@ -17,7 +17,7 @@ from pipeflow.program import Send
 from pipeflow.runtime.copies import Copies
 from pipeflow.runtime.distributed import DistributedTransport, connect
 from pipeflow.runtime.gradients import GradientPolicy
-from pipeflow.runtime.parameter_groups import ParameterGroups
+from pipeflow.runtime.parameter_groups import Grouping
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.prepared import Prepared
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
@@ -43,7 +43,7 @@ class Setup:
     copies: Copies
     optimizers: Mapping[str | None, OptimizerFactory]
     schedulers: Mapping[str | None, SchedulerFactory]
-    groups: ParameterGroups
+    groups: Grouping
     policy: GradientPolicy
     precision: Precision
     numerics: Numerics

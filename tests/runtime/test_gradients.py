@@ -194,6 +194,79 @@ def test_what_makes_no_sense_is_refused() -> None:
         pf.Engine(graph, plan, sgd, nonfinite="maybe")  # type: ignore[arg-type]
 
 
+def flattened(groups: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "optimizer", "words"),
+    [
+        (
+            {"*.bias": {"weigth_decay": 0.0}},
+            sgd,
+            "'weigth_decay' for 'a.bias', which is no option of SGD; it has lr, mom",
+        ),
+        ({"*.bias": {"lr": 0.5}}, flattened, r"lr=0\.5 for 'a\.bias', but .* made with lr=0\.1; .* hand them on"),
+        ({"*.bias": 0.5}, sgd, "give options by pattern"),
+        ([{"lr": 0.5}], sgd, "give options by pattern"),
+    ],
+)
+def test_options_that_no_optimizer_takes_are_refused(groups: Any, optimizer: Any, words: str) -> None:
+    """A group's unknown key is kept by torch and read by nobody."""
+    graph = forked_graph()
+    for make in (
+        lambda: pf.Engine(graph, make_plan(graph, THREE_STAGES), optimizer, parameter_groups=groups),
+        lambda: pf.Reference(graph, optimizer, parameter_groups=groups),
+    ):
+        with pytest.raises(EngineError, match=words):
+            make()
+
+
+def test_options_that_are_given_as_they_stand_in_the_defaults_are_no_mistake() -> None:
+    graph = forked_graph()
+    pf.Reference(graph, flattened, parameter_groups={"*.bias": {"lr": 0.1}})
+    rate = torch.tensor(0.5)
+    pf.Reference(graph, sgd, parameter_groups={"*.bias": {"lr": rate}})
+
+
+def tied_graph() -> pf.LayerGraph:
+    embed, head = nn.Linear(8, 8), nn.Linear(8, 8)
+    head.weight = embed.weight
+    graph = pf.LayerGraph("tied")
+    x, y = graph.input("x", ("B", 8)), graph.input("y", ("B",), dtype="int64")
+    hidden = graph.add("head", head, graph.add("embed", embed, x))
+    graph.loss("loss", nn.functional.cross_entropy, hidden, y)
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("groups", "kept"),
+    [
+        ({"head.*": {"lr": 0.0}}, {"embed.weight", "head.bias"}),
+        ({"head.weight": {"lr": 0.0}}, {"embed.weight"}),
+        ({"embed.*": {"lr": 0.0}, "head.*": {"lr": 0.0}}, {"embed.weight", "embed.bias", "head.bias"}),
+        ({"*.weight": {"lr": 0.0}, "head.*": {"lr": 0.5}}, {"embed.weight"}),
+    ],
+)
+def test_a_shared_parameter_goes_by_each_of_its_names(groups: dict[str, Any], kept: set[str]) -> None:
+    graph = tied_graph()
+    plan = make_plan(graph, [(["embed", "head", "loss"], (0,))])
+    for trained in (
+        pf.Engine(graph, plan, sgd, parameter_groups=groups),
+        pf.Reference(graph, sgd, parameter_groups=groups),
+    ):
+        before = trained.state_dict()
+        trained.step(forked_batch(8))
+        after = trained.state_dict()
+        assert {name for name, value in before.items() if torch.equal(value, after[name])} == kept
+
+
+def test_names_of_one_parameter_may_not_be_asked_for_unlike_options() -> None:
+    groups = {"embed.*": {"lr": 0.0}, "head.*": {"lr": 0.5}}
+    with pytest.raises(EngineError, match=r"'embed\.weight' and 'head\.weight', which they fit, are one parameter"):
+        pf.Reference(tied_graph(), sgd, parameter_groups=groups)
+
+
 def test_frozen_layers_cost_nothing_and_stay_as_they_are() -> None:
     """No gradient is computed for them, none is sent to what lies before them, none is summed."""
     frozen = nn.Linear(8, 8).requires_grad_(False)
