@@ -6,13 +6,15 @@ Takes samples; what they mean for planning is the profiler's business.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeflow.errors import CostError, PipeflowError
 from pipeflow.graphs.calling import flat_call
 from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
@@ -20,6 +22,20 @@ from pipeflow.graphs.layer_memory import LayerMemory, observe
 from pipeflow.graphs.stopwatch import Call, calibrate, sample, spread
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+@contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """What the layer raises meanwhile is raised with its name."""
+    try:
+        yield
+    except PipeflowError:
+        raise
+    except Exception as error:
+        raise CostError(
+            f"layer {layer.name!r} cannot be measured: {type(error).__name__}: {error}; it must run on the micro-batch "
+            "that it is profiled on, forward and backward"
+        ) from error
 
 
 class GraphRun:
@@ -48,7 +64,7 @@ class GraphRun:
 
         for name, layer in graph.layers.items():
             sizes.clear()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with _naming(layer), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 outputs = self.bench(layer).forward()
             self._values.update(zip(layer.outputs, (t.detach() for t in outputs), strict=True))
             kept += outputs
@@ -59,7 +75,8 @@ class GraphRun:
         bench = self.bench(layer)
         function = bench.function
         state = [*function.parameters(), *function.buffers()] if isinstance(function, nn.Module) else []
-        return observe(layer, bench.forward, bench.inputs, state, device)
+        with _naming(layer):
+            return observe(layer, bench.forward, bench.inputs, state, device)
 
     def bench(self, layer: Layer) -> _Bench:
         """The layer by itself, with inputs cut off from what made them."""
@@ -93,11 +110,7 @@ class _Bench:
             self.weights = [p for p in self.function.parameters() if p.requires_grad]
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        try:
-            result = self.call(*self.inputs)
-        except Exception as error:
-            error.add_note(f"while profiling layer {self.layer.name!r}")
-            raise
+        result = self.call(*self.inputs)
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
     def backward(self, outputs: Sequence[torch.Tensor], *, inputs: bool, weights: bool) -> Callable[[], object] | None:
@@ -145,6 +158,10 @@ class TimedLayer:
 
     def measure(self, device: torch.device, warmup: int) -> None:
         """One more sample of forward, of each half of backward and of both."""
+        with _naming(self._bench.layer):
+            self._measure(device, warmup)
+
+    def _measure(self, device: torch.device, warmup: int) -> None:
         bench = self._bench
         self._sample("forward", bench.forward, device, warmup)
         if not bench.layer.has_backward:

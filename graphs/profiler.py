@@ -59,7 +59,8 @@ def profile(
     Raises:
         GraphError: the graph cannot be a model.
         BatchError: the batch does not fit the graph's inputs.
-        CostError: fewer than 1 repeat, or 0 threads.
+        CostError: fewer than 1 repeat, or 0 threads, a device that this machine lacks, or a layer
+            that raises.
         FormatError: `cache` is no such file.
     """
     graph.check()
@@ -69,7 +70,7 @@ def profile(
         raise CostError(
             f"{num_repeats} repeats, {warmup} warm-up calls and {num_threads} threads: at least 1, 0 and 1 are needed"
         )
-    where = torch.device(device)
+    where = _usable(device)
     key = {
         "graph": graph.digest,
         "code": code_digest({name: layer.source for name, layer in graph.layers.items()}),
@@ -93,6 +94,21 @@ def profile(
     if cache is not None:
         profile_cache.write(cache, key, costs)
     return costs
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it."""
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise CostError(f"{device!r} is no device of torch; give for example 'cpu' or 'cuda:0'") from error
+    count = torch.cuda.device_count() if where.type == "cuda" else 0
+    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and (where.index or 0) >= count):
+        raise CostError(
+            f"device {str(where)!r} is asked for, and this machine has the CPU and {count} CUDA devices that can be "
+            "measured on; give one of them, or profile where there is one"
+        )
+    return where
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,19 +123,40 @@ def test_what_cannot_be_profiled_is_refused() -> None:
         profile(chain(), batch(), num_repeats=0)
 
 
-def fails(x: torch.Tensor) -> torch.Tensor:
-    if type(x) is torch.Tensor:
+class Failing(nn.Module):
+    """Raises in forward or in backward, where there is a value to look at."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        if type(x) is torch.Tensor:
+            if self.where == "forward":
+                raise RuntimeError("boom")
+            if x.requires_grad:
+                x.register_hook(self.fail)  # type: ignore[no-untyped-call]
+        return x
+
+    def fail(self, gradient: torch.Tensor) -> None:
         raise RuntimeError("boom")
-    return x
 
 
-def test_a_layer_that_fails_is_named() -> None:
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_layer_that_fails_is_named(where: str) -> None:
     graph = LayerGraph("g")
-    graph.input("x", ("B", 4))
-    graph.add("bad", fails, "x")
-    with pytest.raises(RuntimeError, match="boom") as caught:
+    hidden = graph.add("first", nn.Linear(4, 4), graph.input("x", ("B", 4)))
+    graph.loss("loss", torch.mean, graph.add("bad", Failing(where), hidden))
+    with pytest.raises(CostError, match="layer 'bad' cannot be measured: RuntimeError: boom") as caught:
         profile(graph, {"x": torch.ones(2, 4)})
-    assert "'bad'" in caught.value.__notes__[0]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "nothing", 3.5])
+def test_a_device_that_is_not_there_is_refused(device: Any) -> None:
+    with pytest.raises(CostError, match="device"):
+        profile(chain(), batch(), device)
 
 
 def test_a_cache_is_read_for_the_same_question_only(tmp_path: Path) -> None:
