@@ -262,8 +262,7 @@ class Engine(AbstractContextManager["Engine"]):
             EngineError: a batch was given whole, and an output does not have the batch as its first
                 dimension. Else as `step`.
         """
-        names = tuple(self.graph.outputs if outputs is None else outputs)
-        check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
+        names = check_outputs(self.graph, outputs, whole=isinstance(batch, Mapping))
         return self._predict(Job("infer", outputs=names), batch)
 
     def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
@@ -286,8 +285,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             EngineError: no layer looks back, or one is known to and has no `decode`.
         """
-        names = tuple(self.graph.outputs if outputs is None else outputs)
-        check_outputs(self.graph, names, whole=True)
+        names = check_outputs(self.graph, outputs, whole=True)
         check_decoding(self.graph, names, batch_size)
         weights = self._weights
 

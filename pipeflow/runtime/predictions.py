@@ -7,7 +7,7 @@ back one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,17 +24,20 @@ from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.state import needed_layers
 
 
-def check_outputs(graph: LayerGraph, names: Sequence[str], *, whole: bool) -> None:
-    """Refuses outputs that cannot be given back as the batch came.
+def check_outputs(graph: LayerGraph, outputs: Iterable[str] | None, *, whole: bool) -> tuple[str, ...]:
+    """The names of what is to be given back, if it can be as the batch came.
 
     Args:
-        names: tensors that layers compute.
+        outputs: tensors that layers compute; None for those of the graph.
         whole: whether the batch came whole.
 
     Raises:
-        EngineError: no layer computes one; or outputs of micro-batches cannot be joined along their
-            first dimension.
+        EngineError: the names are one text, no layer computes one; or outputs of micro-batches
+            cannot be joined along their first dimension.
     """
+    if isinstance(outputs, str):
+        raise EngineError(f"outputs={outputs!r} is text; give a list of names, for example [{outputs!r}]")
+    names = tuple(graph.outputs if outputs is None else outputs)
     needed_layers(graph, names)
     for name in names if whole else ():
         spec = graph.specs[name]
@@ -43,6 +46,7 @@ def check_outputs(graph: LayerGraph, names: Sequence[str], *, whole: bool) -> No
                 f"output {name!r} is {spec}, whose first dimension is not the batch, so what micro-batches give cannot "
                 "be joined; give a list of micro-batches, of one if need be, and it is given for each"
             )
+    return names
 
 
 def gather_outputs(

@@ -162,9 +162,8 @@ class Reference:
         self, batch: Batch, outputs: Iterable[str] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Output tensors for a batch, in evaluation mode. As `pipeflow.Engine.predict`."""
-        names = tuple(self.graph.outputs if outputs is None else outputs)
+        names = check_outputs(self.graph, outputs, whole=isinstance(batch, Mapping))
         layers = needed_layers(self.graph, names)
-        check_outputs(self.graph, names, whole=isinstance(batch, Mapping))
         with torch.no_grad():
             kept, microbatches = self._run(
                 batch, tuple(n for n in self.graph.layers if n in layers), train=False, keep=names
@@ -173,8 +172,7 @@ class Reference:
 
     def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
         """Opens a session that remembers what came before. As `pipeflow.Engine.decode`."""
-        names = tuple(self.graph.outputs if outputs is None else outputs)
-        check_outputs(self.graph, names, whole=True)
+        names = check_outputs(self.graph, outputs, whole=True)
         check_decoding(self.graph, names, batch_size)
         needed = needed_layers(self.graph, names)
         layers = tuple(n for n in self.graph.layers if n in needed)

@@ -75,6 +75,11 @@ def test_predict_needs_no_labels_and_keeps_the_order() -> None:
             assert set(engine.predict(batch, ["a", "d"])) == {"a", "d"}
         with pytest.raises(EngineError, match="'nowhere' is computed by no layer"):
             engine.predict(batch, ["nowhere"])
+        for call in (engine.predict, reference.predict):
+            with pytest.raises(EngineError, match=r"outputs='s' is text; give a list of names, for example \['s'\]"):
+                call(batch, "s")
+        with pytest.raises(EngineError, match="outputs='s' is text"):
+            engine.decode(2, "s")
 
 
 def test_losses_and_learning_rates_follow_the_schedule() -> None:
