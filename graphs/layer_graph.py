@@ -53,9 +53,14 @@ class LayerGraph:
 
     Args:
         name: for people and for files.
+
+    Raises:
+        GraphError: the name is no text.
     """
 
     def __init__(self, name: str = "graph") -> None:
+        if not isinstance(name, str):
+            raise GraphError(f"LayerGraph({name!r}): the name of a graph is text; leave it out, or give some")
         self.name = name
         self._inputs: dict[str, TensorSpec] = {}
         self._layers: dict[str, Layer] = {}
@@ -82,6 +87,8 @@ class LayerGraph:
             GraphError: the name is taken or malformed, or the shape has neither batch nor length.
         """
         self._check_name(name)
+        if isinstance(shape, str) or not isinstance(shape, Sequence):
+            raise GraphError(f'input {name!r} has the shape {shape!r}; give a tuple of sizes, for example ("B", 8)')
         dims = [dim.name if isinstance(dim, Length) else dim for dim in shape]
         spec = TensorSpec(tuple(dims), normalise_dtype(dtype))
         if not declaration.is_input_shape(spec.shape):

@@ -156,10 +156,10 @@ class PartitionProblem:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"{name}={value}; it must be at least 1")
-        if self.optimizer_ratio < 0 or self.gradient_ratio < 0:
-            raise PlanError(
-                f"optimizer_ratio={self.optimizer_ratio}, gradient_ratio={self.gradient_ratio}; neither may be negative"
-            )
+        for name in ("optimizer_ratio", "gradient_ratio"):
+            ratio = getattr(self, name)
+            if not (math.isfinite(ratio) and ratio >= 0):
+                raise PlanError(f"{name}={ratio}; it is bytes for each byte of parameters, a number of at least 0")
         if self.replicas is not None:
             if not self.replicas or min(self.replicas) < 1:
                 raise PlanError(f"replicas={self.replicas}; give one count of at least 1 for each stage")

@@ -132,6 +132,11 @@ def partition(
         found = partitioner(problem)
     except Infeasible as error:
         raise explained(problem, error) from None
+    if not isinstance(found, Partition):
+        raise PlanError(
+            f"the partitioner gave a {type(found).__name__}; it must return a Partition, or raise Infeasible where "
+            "there is none"
+        )
     seconds = time.perf_counter() - begin
     unit, certificate = profile.seconds_per_unit, found.certificate
     return PartitionReport(

@@ -78,7 +78,7 @@ def plan(
             named so.
         num_stages: exactly so many.
         replicas: exactly so many replicas of each stage in turn.
-        num_microbatches: into how many the batch is cut.
+        num_microbatches: into how many the batch is cut, at most one for each sample.
         optimizer_ratio: bytes of optimizer state for each byte of parameters (Adam: 2).
         max_replicas: at most so many replicas of any stage; 1 forbids replication.
         overlap: whether the partitioner counts transfers as running beside computes.
@@ -100,10 +100,7 @@ def plan(
             another graph.
         Infeasible: no plan fits; the reasons say which device lacks how many bytes and for what.
     """
-    if batch_size < 1:
-        raise PlanError(f"batch_size={batch_size}; a batch has at least 1 sample")
-    if num_microbatches is not None and num_microbatches < 1:
-        raise PlanError(f"num_microbatches={num_microbatches}; a batch is cut into at least 1")
+    check_cut(batch_size, num_microbatches)
     if costs.has_variants:
         raise PlanError(
             "layers of the costs can run in several ways, which no runtime does; cut them with pf.partition, or leave "
@@ -137,6 +134,21 @@ def plan(
     best = search.run([num_microbatches] if num_microbatches else _candidates(batch_size))
     verify(best)
     return best
+
+
+def check_cut(batch_size: int, num_microbatches: int | None) -> None:
+    """Whether a batch can be cut into so many micro-batches; None leaves the number open.
+
+    Raises:
+        PlanError: no samples, no micro-batch, or some without a sample.
+    """
+    if batch_size < 1:
+        raise PlanError(f"batch_size={batch_size}; a batch has at least 1 sample")
+    if num_microbatches is not None and not 1 <= num_microbatches <= batch_size:
+        raise PlanError(
+            f"num_microbatches={num_microbatches} for a batch of {batch_size}; each has at least 1 sample: give 1 to "
+            f"{batch_size}, or plan for a larger batch"
+        )
 
 
 def _check_graph(graph: LayerGraph, costs: GraphCosts) -> None:
@@ -307,7 +319,16 @@ class _Search:
         )
 
     def _cut(self, problem: PartitionProblem) -> Partition:
-        return cut_with_offload(lambda p: cut_with_recompute(self.partition, p, self.recompute), problem)
+        return cut_with_offload(lambda p: cut_with_recompute(self._partitioned, p, self.recompute), problem)
+
+    def _partitioned(self, problem: PartitionProblem) -> Partition:
+        partition = self.partition(problem)
+        if not isinstance(partition, Partition):
+            raise PlanError(
+                f"the partitioner {getattr(self.partition, '__qualname__', self.partition)!r} gave a "
+                f"{type(partition).__name__}; it must return a Partition, or raise Infeasible where there is none"
+            )
+        return partition
 
     def _simulate(
         self, problem: PartitionProblem, partition: Partition, bound: float, row: Schedule

@@ -89,10 +89,6 @@ def test_what_is_given_is_kept() -> None:
     assert len(plan(None, chain_costs(6), Cluster.uniform(3), batch_size=4, num_stages=2, max_replicas=1).stages) == 2
 
 
-def test_more_micro_batches_than_samples_may_be_asked_for() -> None:
-    assert plan(None, chain_costs(2), Cluster.uniform(2), batch_size=2, num_microbatches=5).costs.samples == 1
-
-
 def test_ties_go_to_fewer_devices_then_to_fewer_micro_batches() -> None:
     free = plan(None, chain_costs(1, parameter_bytes=0), Cluster.uniform(2), batch_size=1)
     assert (free.num_ranks, free.num_microbatches) == (1, 1)
@@ -126,6 +122,11 @@ def test_costs_of_another_graph_are_refused(layers: list[str], message: str) -> 
         ({"schedule": "best"}, "no schedule; known are 'gpipe', '1f1b'"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_microbatches": 0}, "num_microbatches=0"),
+        ({"num_microbatches": 5}, "num_microbatches=5 for a batch of 4; each has at least 1 sample"),
+        ({"optimizer_ratio": float("nan")}, "optimizer_ratio=nan"),
+        ({"optimizer_ratio": float("inf")}, "optimizer_ratio=inf"),
+        ({"optimizer_ratio": -1.0}, "optimizer_ratio=-1.0"),
+        ({"partitioner": lambda problem: None}, "gave a NoneType; it must return a Partition"),
         ({"num_stages": 0}, "num_stages=0"),
         ({"schedule": lambda placement, count: ()}, "define it at the head of a module"),
     ],

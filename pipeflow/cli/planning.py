@@ -125,6 +125,7 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
         FormatError, ClusterError: a file is not what it should be.
     """
     import pipeflow as pf
+    from pipeflow.planner import check_cut
 
     if request.devices is not None and request.cluster is not None:
         raise PlanError("both --devices and --cluster are given; give one")
@@ -138,6 +139,7 @@ def make_plan(source: Source, request: Request, *, on_phase: Callable[[str], Non
     fixed = any(v is not None for v in (request.devices, request.cluster, request.stages, request.replicas))
     layout = None if fixed else recipe
     microbatches = request.microbatches or (recipe.num_microbatches if recipe else None)
+    check_cut(batch_size, microbatches)
     cluster = _cluster(request, layout, is_local=source.costs is None)
     costs = source.costs
     if costs is None:

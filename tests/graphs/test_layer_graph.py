@@ -147,6 +147,11 @@ def test_names_and_inputs_are_checked_where_they_are_given() -> None:
     for taken in ("e", "x"):
         with pytest.raises(GraphError, match="must be unique"):
             graph.add(taken, torch.relu, "x")
+    for shape in (4, "B", None):
+        with pytest.raises(GraphError, match="give a tuple of sizes"):
+            graph.input("odd", shape)  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match=r"LayerGraph\(3\): the name of a graph is text"):
+        LayerGraph(3)  # type: ignore[arg-type]
     with pytest.raises(GraphError, match="cannot name"):
         graph.add("a b", torch.relu, "x")
     with pytest.raises(GraphError, match="'nowhere', which no input"):

@@ -21,6 +21,7 @@ from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioning import partition
 from pipeflow.testing.drawn_problems import clusters, problems
+from pipeflow.testing.hand import chain_costs
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published workloads are no part of pipeflow")
@@ -66,6 +67,11 @@ def test_report_is_in_the_units_of_the_file() -> None:
     }
     assert sorted(n for stage in report.stages for n in stage) == list("abcd")
     assert partition(COSTS, num_devices=2, max_replicas=1, partitioner=PARTITIONERS["uniform"]).partitioner == "uniform"
+
+
+def test_a_partitioner_must_give_a_partition() -> None:
+    with pytest.raises(PlanError, match="gave a NoneType; it must return a Partition"):
+        partition(chain_costs(2), num_devices=2, partitioner=lambda problem: None)  # type: ignore[arg-type, return-value]
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:
