@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from pipeflow.cli.console import print_json, working
-from pipeflow.cli.options import allow_option, json_option
+from pipeflow.cli.options import NewFile, allow_option, json_option
 from pipeflow.partitioners import PARTITIONERS
 
 
@@ -21,7 +21,7 @@ from pipeflow.partitioners import PARTITIONERS
     help="What solves the problems with more devices, memory, bandwidth.",
 )
 @click.option("--bounds", is_flag=True, help="Bound those problems instead of solving them: at once, for any size.")
-@click.option("--svg", type=click.Path(dir_okay=False, writable=True), help="Also draw the graph, cut, to a file.")
+@click.option("--svg", type=NewFile(), help="Also draw the graph, cut, to a file.")
 @allow_option
 @json_option
 def command(plan: str, partitioner: str, bounds: bool, svg: str | None, allow: tuple[str, ...], as_json: bool) -> None:

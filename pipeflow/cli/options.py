@@ -5,6 +5,7 @@ Options have the same name and meaning wherever they stand. Knows no command.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,24 @@ def parse_amount(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+class NewFile(click.Path):
+    """A file to be written at the end, which is found impossible at the start."""
+
+    name = "file"
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            self.fail(f"{path!r} cannot be written, since there is no folder {folder!r}; make it before", param, ctx)
+        if not os.access(folder, os.W_OK):
+            self.fail(f"{path!r} cannot be written, since the folder {folder!r} may not be; name another", param, ctx)
+        return path
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -100,7 +119,7 @@ _OPTIONS = (
         metavar="RULE|NAMES",
         help="Layers that keep what backward needs on the host: never, always, or names.",
     ),
-    click.option("--profile-cache", type=click.Path(dir_okay=False), help="A file that keeps measured costs."),
+    click.option("--profile-cache", type=NewFile(), help="A file that keeps measured costs."),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pipeflow.cli.console import infeasible_document, print_json, working
-from pipeflow.cli.options import json_option, planning_options
+from pipeflow.cli.options import NewFile, json_option, planning_options
 from pipeflow.cli.planning import Request, load_source, make_plan
 from pipeflow.errors import Infeasible
 
@@ -17,7 +17,7 @@ from pipeflow.errors import Infeasible
 @planning_options
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples of a whole batch; by default the recipe's.")
 @click.option("--allow", multiple=True, help="An import prefix that a graph file may name besides torch's.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False, writable=True), help="Write the plan to a file.")
+@click.option("--output", "-o", type=NewFile(), help="Write the plan to a file.")
 @json_option
 @click.pass_context
 def command(

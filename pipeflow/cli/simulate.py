@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeflow.cli.console import print_json, show, terminal_width
-from pipeflow.cli.options import allow_option, json_option
+from pipeflow.cli.options import NewFile, allow_option, json_option
 from pipeflow.report.table import Table
 from pipeflow.units import format_bytes, format_seconds
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--mode", type=click.Choice(["train", "infer"]), default="train", show_default=True, help="Which of its programs."
 )
 @click.option("--phase", help="Of this phase of the training, where the graph has any; by default all of it at once.")
-@click.option("--trace", type=click.Path(dir_okay=False, writable=True), help="Also write a Chrome/Perfetto trace.")
+@click.option("--trace", type=NewFile(), help="Also write a Chrome/Perfetto trace.")
 @click.option("--width", type=click.IntRange(min=40), help="Columns of the drawing; by default the terminal's, or 100.")
 @allow_option
 @json_option

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeflow.cli.console import print_json, progress, show, working
+from pipeflow.cli.console import infeasible_document, print_json, progress, show, working
 from pipeflow.cli.options import allow_option, json_option, planning_options
 from pipeflow.cli.planning import Request, Source, make_plan
-from pipeflow.errors import EngineError, PlanError
+from pipeflow.errors import EngineError, Infeasible, PlanError
 from pipeflow.report.run import Epoch, Run, epoch_line, run_tables
 
 if TYPE_CHECKING:
     from pipeflow.execution_plan import Plan
+    from pipeflow.graphs.layer_graph import LayerGraph
 
 
 @click.command()
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 )
 @allow_option
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     recipe: str,
     plan_file: str | None,
     epochs: int | None,
@@ -59,14 +63,19 @@ def command(
     talks = speaks and not as_json
     graph = loaded.graph()
     source = Source(recipe=loaded, graph=graph)
-    with working("", enabled=speaks) as say:
-        request = Request(**options)
-        if plan_file is not None:
-            plan = _load(plan_file, allow, request)
-        elif allow:
-            raise PlanError(f"--allow {allow[0]} is given, but no plan is read; leave it out, or give --plan")
-        else:
-            plan = _plan(source, request, is_distributed=is_distributed, say=say)
+    request = Request(**options)
+    try:
+        with working("", enabled=speaks) as say:
+            plan = (
+                _plan(source, request, allow, is_distributed=is_distributed, say=say)
+                if plan_file is None
+                else _load(plan_file, graph, request, allow)
+            )
+    except Infeasible as error:
+        if not as_json:
+            raise
+        print_json(infeasible_document(error))
+        context.exit(1)
     if talks:
         _introduce(plan)
     job = Job(
@@ -103,16 +112,22 @@ def _join() -> int:
     return dist.get_rank()
 
 
-def _load(plan_file: str, allow: tuple[str, ...], request: Request) -> Plan:
+def _load(plan_file: str, graph: LayerGraph, request: Request, allow: tuple[str, ...]) -> Plan:
+    """The plan of a file, if it is for the graph."""
     from pipeflow.execution_plan import Plan
+    from pipeflow.runtime.prepared import check_match
 
     if given := [f"--{name.replace('_', '-')}" for name in request.given()]:
         raise PlanError(f"--plan fixes what {', '.join(given)} would; give one or the other")
-    return Plan.load(plan_file, allow)
+    plan = Plan.load(plan_file, allow)
+    check_match(graph, plan)
+    return plan
 
 
-def _plan(source: Source, request: Request, *, is_distributed: bool, say: Any) -> Plan:
+def _plan(source: Source, request: Request, allow: tuple[str, ...], *, is_distributed: bool, say: Any) -> Plan:
     """The plan that all ranks run, made here; by rank 0 for all of them."""
+    if allow:
+        raise PlanError(f"--allow {allow[0]} is given, but no plan is read; leave it out, or give --plan")
     if not is_distributed:
         return make_plan(source, request, on_phase=say)
     import torch.distributed as dist
@@ -120,8 +135,9 @@ def _plan(source: Source, request: Request, *, is_distributed: bool, say: Any) -
     from pipeflow.runtime.distributed import share_plan
     from pipeflow.schedules import resolve_schedule
 
-    if request.schedule not in (None, "auto"):
-        resolve_schedule(request.schedule, allow=None)  # here too: no rank imports what another's plan names
+    schedule = request.schedule or (source.recipe.schedule if source.recipe else "auto")
+    if schedule != "auto":
+        resolve_schedule(schedule, allow=None)  # on every rank: none imports what another's plan names
     if request.devices is None and request.cluster is None:
         request = request.for_ranks(dist.get_world_size(), source.recipe)
     return share_plan(make_plan(source, request, on_phase=say) if dist.get_rank() == 0 else None)

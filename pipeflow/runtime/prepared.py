@@ -45,7 +45,7 @@ def prepare(graph: LayerGraph, plan: Plan, *, synchronised: bool = False) -> Map
         VerificationError: a program would not run to its end.
     """
     graph.check()
-    _check_match(graph, plan)
+    check_match(graph, plan)
     normed = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if synchronised and layer.norm_calls}
     lockstep = {index for index in normed if plan.stages[index].num_replicas > 1}
     if lockstep and graph.may_lack_gradients:
@@ -81,7 +81,12 @@ def _prepare(graph: LayerGraph, plan: Plan, lockstep: Collection[int]) -> Prepar
     )
 
 
-def _check_match(graph: LayerGraph, plan: Plan) -> None:
+def check_match(graph: LayerGraph, plan: Plan) -> None:
+    """Whether the plan is for the graph.
+
+    Raises:
+        PlanError: it is for another one.
+    """
     if plan.graph_digest and plan.graph_digest != graph.digest:
         raise PlanError(
             f"the plan is for the graph {plan.graph_digest[:12]}, this graph {graph.name!r} is {graph.digest[:12]}; "

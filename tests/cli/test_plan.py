@@ -127,6 +127,27 @@ def test_a_wrong_call_is_refused_in_one_message(costs_file: Path, arguments: lis
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "costs.json", "--devices", "2", "--batch-size", "4", "-o"],
+        ["plan", "costs.json", "--devices", "2", "--batch-size", "4", "--profile-cache"],
+        ["train", "recipe.py", "--profile-cache"],
+        ["simulate", "plan.json", "--trace"],
+        ["explain", "plan.json", "--svg"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_before_the_work(
+    arguments: list[str], costs_file: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(costs_file.parent)
+    for path, words in (("nowhere/file.json", "there is no folder 'nowhere'"), (".", "is a directory")):
+        done = CliRunner().invoke(cli, [*arguments, path])
+        assert done.exit_code == 2
+        assert words in done.stderr
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", "has the format None"),

@@ -115,6 +115,29 @@ def test_a_plan_for_another_graph_is_refused(tmp_path: Path, plan_file: Path) ->
     done = train(write_recipe(tmp_path), "--plan", str(plan_file))
     assert done.exit_code == 2
     assert "plan again" in done.stderr
+    assert done.stdout == ""  # it is not proved first
+
+
+def test_what_does_not_fit_is_a_document_too(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    done = train(recipe, "--memory", "10", "--json")
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    assert document["feasible"] is False
+    assert document["reasons"]
+    done = train(recipe, "--memory", "10")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+
+
+def test_a_layer_that_raises_while_it_is_measured_is_named(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, layer="Failing", before=FAILING)
+    (tmp_path / "tiny.flag").touch()
+    for command in ("plan", "train"):
+        done = CliRunner().invoke(cli, [command, recipe])
+        assert done.exit_code == 2
+        assert "layer 'l0' cannot be measured: ValueError: out of order" in done.stderr
+        assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(("goal", "code"), [("1e9", 1), ("-1e9", 0)])
