@@ -7,6 +7,7 @@ never on a clock, so the same problem gives the same partition on the same insta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,11 +19,11 @@ from pipeflow.partitioners import ideals as ideal_programme
 from pipeflow.partitioners import moves, windows
 from pipeflow.partitioners.bounds import cut_bound, lower_bound
 from pipeflow.partitioners.certify import certified
-from pipeflow.partitioners.chain import chain
+from pipeflow.partitioners.chain import chain, closest
 from pipeflow.partitioners.coarsen import coarsen
 from pipeflow.partitioners.device_orders import best_of_device_orders
 from pipeflow.partitioners.exhaustive import exhaustive
-from pipeflow.partitioners.feasibility import require_feasible
+from pipeflow.partitioners.feasibility import no_cut_fits, require_feasible
 from pipeflow.partitioners.nested import nested
 from pipeflow.partitioners.normalise import fold, join
 from pipeflow.partitioners.objective import objective
@@ -35,6 +36,10 @@ CLOSED = 1e-8
 """A relative gap that counts as none."""
 
 _MOST_EXHAUSTIVE = 6
+
+_MOST_TRIED, _MOST_TRIED_ON = 9, 4
+"""Atoms and devices up to which everything is tried where nothing else closed the gap, or found a partition."""
+
 _MOST_ATOMS = 20_000
 """Beyond, the problem is coarsened first."""
 
@@ -127,13 +132,22 @@ def _coarse(problem: PartitionProblem, use_solver: bool, most_atoms: int) -> Par
 
 def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
     """The best contiguous partition, and then what several chunks on a device gain."""
-    contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
-    smaller, stages, name = fold(problem), contiguous.stages, contiguous.certificate.partitioner
+    smaller = fold(problem)
     bound = max(lower_bound(problem), cut_bound(smaller))
-    if use_solver and cpsat_model.supports(problem) is None and contiguous.certificate.objective > bound:
+    stages, name, failure = None, "", None
+    try:
+        contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
+        stages, name = contiguous.stages, contiguous.certificate.partitioner
+    except Infeasible as error:  # what fits no device as one stage may fit it as two
+        failure = error
+    solves = use_solver and cpsat_model.supports(problem) is None
+    if solves and (stages is None or objective(problem, stages) > bound):
         better, bound = cpsat_model.improve(smaller, stages, bound, work=_CHUNK_WORK)
-        if better is not None and objective(problem, better) < objective(problem, stages):
+        if better is not None and (stages is None or objective(problem, better) < objective(problem, stages)):
             stages, name = better, "auto: cpsat"
+    if stages is None:
+        assert failure is not None, "no partition and no reason"
+        raise failure
     return certified(problem, stages, partitioner=name, lower_bound=bound)
 
 
@@ -161,12 +175,17 @@ def _improved(
         if improved is None:
             continue
         better, proved = improved
+        if better is None and proved == math.inf:
+            raise no_cut_fits(problem, closest(problem, bound), "cut")
         bound = max(bound, proved)
         if better is not None and (stages is None or objective(problem, better) < objective(problem, stages)):
             stages, name = better, step
     over = best_of_device_orders(problem, stages, lambda p: best_of_orders(p, rounds=_ROUNDS_PER_ORDER))
     if over is not None and (stages is None or objective(problem, over) < objective(problem, stages)):
         stages, name = over, "device orders"
+    is_closed = stages is not None and objective(problem, stages) * (1 - CLOSED) <= bound
+    if not is_closed and problem.atoms.count <= _MOST_TRIED and problem.cluster.num_devices <= _MOST_TRIED_ON:
+        return _named(problem, exhaustive(problem), "exhaustive", None)
     if stages is None:
         assert failure is not None, "no partition and no reason"
         raise failure

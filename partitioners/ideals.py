@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,6 +44,9 @@ from pipeflow.partitioners.problem import PartitionProblem
 MOST_IDEALS = 60_000
 _STRICTLY = 1 - 1e-9
 _UNREACHED = 2**30
+
+_SHARES = (0.97, 0.94, 0.9, 0.86, 0.82, 0.77, 0.72, 0.66, 0.6)
+"""Of a device's memory, what bound atoms may fill where unbound ones find no room beside all that may."""
 
 _ROUNDING = 1 + 1e-12
 """Sums of work in another order differ by that much at most."""
@@ -112,7 +115,7 @@ def improve(
         chain = table.chain(reach * _STRICTLY)
         if chain is None:
             return best, max(bound, reach * _STRICTLY)
-        found = table.stages(chain)
+        found = table.stages(chain) or _roomier(table, reach * _STRICTLY)
         seconds = objective(problem, found) if found else math.inf
         if found is None or seconds >= reach * _STRICTLY:
             break
@@ -125,6 +128,18 @@ def improve(
         else:
             high = middle
     return best, max(bound, low)
+
+
+def _roomier(table: Programme, upper: float) -> tuple[Stage, ...] | None:
+    """Stages within `upper` that leave room for the atoms that no order binds, if some are found."""
+    if all(table.problem.atoms.bound) or table.costs.limit == math.inf:
+        return None
+    for share in _SHARES:
+        less = replace(table, memory_share=share)
+        chain = less.chain(upper)
+        if chain is not None and (found := less.stages(chain)) is not None:
+            return found
+    return None
 
 
 class _Step(NamedTuple):
@@ -149,14 +164,20 @@ class _Ideals(NamedTuple):
 
 @dataclass(frozen=True)
 class Programme:
-    """The recurrence over the ideals of a problem, for one threshold after another."""
+    """The recurrence over the ideals of a problem, for one threshold after another.
+
+    Attributes:
+        memory_share: of the devices' memory, what stages may fill; with less than all of it, that there is
+            no chain proves nothing.
+    """
 
     problem: PartitionProblem
     lattice: Lattice
+    memory_share: float = 1.0
 
     @cached_property
     def costs(self) -> StageCosts:
-        return StageCosts(self.problem)
+        return StageCosts(self.problem, self.memory_share)
 
     @cached_property
     def ample(self) -> float:
@@ -228,8 +249,10 @@ class Programme:
         return fits
 
     def stages(self, chain: Sequence[_Step]) -> tuple[Stage, ...] | None:
-        """The stages of a chain, unbound atoms where they cost least; None if they break memory limits."""
+        """The stages of a chain, unbound atoms where they cost least, or fit; None if there are none that fit."""
         atoms, masks = self.problem.atoms, self.lattice.sorted_masks
+        if not chain:  # no atom is bound
+            return None
         firsts = [0, *itertools.accumulate(step.replicas for step in chain)]
         cut = []
         for step, first in zip(chain, firsts, strict=False):

@@ -245,13 +245,18 @@ class Lattice:
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Seconds and memory of stages by their number of replicas, on devices alike."""
+    """Seconds and memory of stages by their number of replicas, on devices alike.
+
+    Attributes:
+        memory_share: of the devices' memory, what stages may fill.
+    """
 
     problem: PartitionProblem
+    memory_share: float = 1.0
 
     @cached_property
     def limit(self) -> float:
-        return memory_limits(self.problem)[0]
+        return memory_limits(self.problem)[0] * self.memory_share
 
     @cached_property
     def shares(self) -> Floats:

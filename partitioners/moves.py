@@ -22,11 +22,11 @@ from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import chain
-from pipeflow.partitioners.feasibility import require_feasible, shortfall
+from pipeflow.partitioners.feasibility import memory_limits, require_feasible, shortfall
 from pipeflow.partitioners.objective import compute_seconds, objective, reduction_volume
 from pipeflow.partitioners.orders import place_free
 from pipeflow.partitioners.partition import Partition, Stage
-from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.partitioners.problem import PartitionProblem, Position
 
 _POWER = 8
 _HOT, _COLD = 0.3, 0.003
@@ -82,30 +82,61 @@ def _is_valid(problem: PartitionProblem, stages: Sequence[Stage]) -> bool:
 def settle(problem: PartitionProblem, cut: Cut) -> Cut:
     """The cut with the atoms that are on none of its stages, which no order binds, where they cost least.
 
-    Each goes to where its neighbours are, and then wherever a move makes loads better, until none does.
+    The largest first, each goes to where its neighbours are if that has room, else to where most room is
+    left, on devices without a stage too; and then wherever there is room and a move makes loads better,
+    until none does.
     """
-    stage_of = {atom: index for index, (atoms, _) in enumerate(cut) for atom in atoms}
-    order = place_free(problem.atoms, [*stage_of, *(a for a in range(problem.atoms.count) if a not in stage_of)])
-    stage = 0
-    for atom in order:
-        stage = stage_of.setdefault(atom, stage)
-    grown: list[list[int]] = [[] for _ in cut]
-    for atom in sorted(stage_of):
-        grown[stage_of[atom]].append(atom)
-    devices = [on for _, on in cut]
-    state = _State.of(problem, stages_of(problem, list(zip(grown, devices, strict=True))))
     free = [atom for atom in range(problem.atoms.count) if not problem.atoms.bound[atom]]
+    used = sum(len(on) for _, on in cut)
+    spare = min(problem.device_limit - used, problem.stage_limit - len(cut))
+    cut, room = _grow(problem, [*cut, *(((), (used + i,)) for i in range(spare))], free)
+    state = _State.of(problem, stages_of(problem, cut))
     for _ in range(_MOST_PASSES):
         moved = False
         for atom in free:
-            others = [s for s in range(len(cut)) if s != state.stage_of[atom]]
+            source, size = state.stage_of[atom], room.sizes[atom]
+            others = [s for s in range(len(cut)) if s != source and room.left[s] >= size]
             best = min((state.look(atom, s, max(state.loads)) for s in others), key=lambda m: m.worse, default=None)
             if best is not None and best.worse < 0:
                 state.make(best)
+                room.left[source] += size
+                room.left[best.target] -= size
                 moved = True
         if not moved:
             break
     return state.cut()
+
+
+class _Room(NamedTuple):
+    """Bytes of every atom, about, and what every stage has left."""
+
+    sizes: list[float]
+    left: list[float]
+
+
+def _grow(problem: PartitionProblem, cut: Cut, free: Sequence[int]) -> tuple[Cut, _Room]:
+    """The stages with the free atoms on them, those that stay empty left out, and the room that is left."""
+    atoms, limits = problem.atoms, memory_limits(problem)
+    in_flight = problem.in_flight(Position(1, 1, problem.num_microbatches))
+    ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
+    sizes = [ratio * p + in_flight * s for p, s in zip(atoms.parameter_bytes, atoms.saved_bytes, strict=True)]
+    grown = [list(members) for members, _ in cut]
+    left = [
+        min(limits[device] for device in on) - sum(sizes[a] for a in members)
+        for members, (_, on) in zip(grown, cut, strict=True)
+    ]
+    stage_of = {atom: index for index, members in enumerate(grown) for atom in members}
+    beside, wanted = 0, {}
+    for atom in place_free(atoms, [*stage_of, *free]):
+        beside = wanted[atom] = stage_of.get(atom, beside)
+    for atom in sorted(free, key=lambda a: (-sizes[a], a)):
+        stage = wanted[atom]
+        if left[stage] < sizes[atom]:
+            stage = max(range(len(grown)), key=lambda s: (left[s], -s))
+        grown[stage].append(atom)
+        left[stage] -= sizes[atom]
+    filled = [index for index, members in enumerate(grown) if members]
+    return [(sorted(grown[i]), cut[i][1]) for i in filled], _Room(sizes, [left[i] for i in filled])
 
 
 class _Move(NamedTuple):
