@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.calling import read_results
 from pipeflow.graphs.effects import Effects, check_effects, foreign_calls, kept_tensors
+from pipeflow.graphs.label_means import LABEL_OPS, LabelMean, SeenMean, label_means, seen_mean
 from pipeflow.graphs.layer import Source, kind_of
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Nest, rebuild
@@ -52,6 +53,7 @@ class Run:
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
     kept: Mapping[str, torch.Tensor]
+    label_means: tuple[LabelMean, ...]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not annotated
@@ -61,6 +63,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's bas
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_random = False
         self.updated: list[torch.Tensor] = []
+        self.label_means: list[SeenMean] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,11 +77,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's bas
             )
         if op in _SAME_DTYPE_OPS or op in _NORM_OPS or op == "_prelu_kernel":
             _check_same_dtype(op, args)
-        if op == "nll_loss_forward" or op == "nll_loss2d_forward":
+        if op in LABEL_OPS:
             _check_target(args[1])
         if op in _BATCH_NORM_OPS and args[5]:
             self.updated += [t for t in args[3:5] if t is not None]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if op in LABEL_OPS and (mean := seen_mean(args, result)) is not None:
+            self.label_means.append(mean)
+        return result
 
 
 def _check_same_dtype(op: str, args: tuple[Any, ...]) -> None:
@@ -166,6 +172,7 @@ def run(
         strided_outputs=frozenset(i for i, t in enumerate(outputs) if not is_straight(t)) | again,
         strided_gradients=_strided_gradients(mode, tensors, outputs),
         kept=kept,
+        label_means=label_means(watch.label_means, function, tensors, outputs),
     )
 
 

@@ -22,6 +22,7 @@ from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
 from pipeflow.graphs.decoding import decoding_of
 from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
+from pipeflow.graphs.label_means import LabelMean
 from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
@@ -51,6 +52,7 @@ class Inferred:
         buffers: the same for buffers.
         persistent: names of the buffers that belong to the state dict.
         ties: groups of parameter or buffer names that are one tensor within the module.
+        label_means: what torch's means over labels count in it.
     """
 
     outputs: tuple[TensorSpec, ...]
@@ -65,6 +67,7 @@ class Inferred:
     buffers: Mapping[str, TensorSpec]
     persistent: frozenset[str]
     ties: tuple[tuple[str, ...], ...]
+    label_means: tuple[LabelMean, ...]
 
 
 def infer(
@@ -234,6 +237,7 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         buffers={n: spec_of(b) for n, b in buffers.items()},
         persistent=frozenset(buffers) & frozenset(module.state_dict(keep_vars=True)),
         ties=_ties({**parameters, **buffers}),
+        label_means=first.label_means,
     )
 
 

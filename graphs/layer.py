@@ -70,6 +70,21 @@ class Decoding:
     obstacle: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a mean over labels counts, as torch's cross-entropy takes it (`label_means`).
+
+    Attributes:
+        tensor: the input of the graph that has the labels.
+        ignored: the label that does not count.
+        class_weights: the loss's buffer of what each class counts; None where all count alike.
+    """
+
+    tensor: str
+    ignored: int
+    class_weights: str | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """One layer.
@@ -90,7 +105,10 @@ class Layer:
         weight: of the loss in the sum of all losses.
         reduction: of the loss, over samples.
         count: the input whose entries say how much each position counts in a mean; None for
-            every sample alike.
+            every sample alike, or every label as `labels` says.
+        labels: of a loss without `count` that is torch's mean over labels; None for others.
+        barred_label: the label that it cannot be given, since a mean would leave it out that nobody
+            can weigh; None for none.
         is_random: whether a training forward draws random numbers.
         mutated_buffers: names of the buffers that a training forward changes.
         norm_calls: paths of torch's norms with running statistics that it calls, in order (`norms`).
@@ -110,6 +128,8 @@ class Layer:
     weight: float = 1.0
     reduction: Reduction = "mean"
     count: str | None = None
+    labels: Labels | None = None
+    barred_label: int | None = None
     is_random: bool = False
     mutated_buffers: tuple[str, ...] = ()
     norm_calls: tuple[str, ...] = ()
@@ -127,6 +147,11 @@ class Layer:
             return self.arguments
         positions = tuple(range(len(self.inputs)))
         return Branch(tuple, (0, 1), (Branch(tuple, positions, tuple(map(Leaf, positions))), Constant(self.kwargs)))
+
+    @property
+    def counted(self) -> str | None:
+        """The input that says what a micro-batch of the loss counts; None where its samples count alike."""
+        return self.count if self.labels is None else self.labels.tensor
 
     @property
     def is_replicable(self) -> bool:

@@ -147,7 +147,9 @@ class LayerGraph:
 
         A mean is taken to count every sample alike. One that does not (sample weights, padded
         tokens) is not the mean over the micro-batches' means: `count` names the input that holds
-        the weights, and the batch's loss is then the mean over all of them.
+        the weights, and the batch's loss is then the mean over all of them. torch's cross-entropy of
+        labels that are an input needs no `count`: what its labels count, ignored ones and weights of
+        classes considered, is seen.
 
         Args:
             name, function, args, kwargs: as for `add`.
@@ -159,7 +161,8 @@ class LayerGraph:
                 sees; a micro-batch in which they are all 0 does not count.
 
         Raises:
-            GraphError: as for `add`; or `function` is known to reduce otherwise.
+            GraphError: as for `add`; or `function` is known to reduce otherwise, or to weigh labels in
+                a way that cannot be told from outside.
             ShapeError: as for `add`; or the output is not one floating-point number.
         """
         if reduction not in ("mean", "sum"):
@@ -225,6 +228,7 @@ class LayerGraph:
     ) -> tuple[tuple[str, ...], Nest]:
         from pipeflow.graphs import calling
         from pipeflow.graphs.inference import infer
+        from pipeflow.graphs.label_means import counted_labels
 
         self._check_name(name)
         source = thing if isinstance(thing, Source) else source_of(name, thing)
@@ -241,6 +245,9 @@ class LayerGraph:
                 f"layer {name!r} and layer {self._owner_by_name[clash[0]]!r} both have a parameter or buffer "
                 f"{clash[0]!r}; rename one layer"
             )
+        labels, barred = None, None
+        if is_loss and reduction == "mean" and count is None:
+            labels, barred = counted_labels(name, facts, reads, self._inputs)
         self._changed()
         self._owner_by_name.update(owned)
         self._facts[name] = facts
@@ -256,6 +263,8 @@ class LayerGraph:
             weight=weight,
             reduction=reduction,
             count=count,
+            labels=labels,
+            barred_label=barred,
             is_random=facts.is_random,
             mutated_buffers=facts.mutated_buffers,
             norm_calls=facts.norm_calls,

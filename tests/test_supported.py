@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,25 @@ def loss_without_parameters() -> None:
     graph.check()
 
 
+def halved_entropy(scores: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
+    return nn.functional.cross_entropy(scores, label, ignore_index=ignore_index) / 2
+
+
+def classified(**options: Any) -> pf.LayerGraph:
+    graph = pf.LayerGraph("classified")
+    scores = graph.add("scores", pf.lazy(nn.Linear, 4, 3), graph.input("x", ("B", 4)))
+    graph.loss("loss", halved_entropy, scores, graph.input("label", ("B",), "int64"), **options)
+    return graph
+
+
+def labels_of_unknown_weight() -> None:
+    classified(ignore_index=0)
+
+
+def ignored_labels() -> None:
+    pf.Reference(classified()).evaluate({"x": torch.zeros(2, 4), "label": torch.tensor([1, -100])})
+
+
 def unread_input() -> None:
     graph = chain()
     graph.input("y", ("B",))
@@ -315,6 +335,10 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a tensor or module as a constant argument": tensor_as_constant,
     "results that are neither tensors nor constants": set_of_tensors,
     "a loss that no parameter reaches": loss_without_parameters,
+    "a mean over labels with `ignore_index` or weights of classes that cannot be told, without `count`": (
+        labels_of_unknown_weight
+    ),
+    "ignored labels in a mean that cannot be told, without `count`": ignored_labels,
     "an input that no layer reads": unread_input,
     "replicas of a layer whose forward changes buffers, torch's norms apart": replicated_buffers,
     'layers that share parameters on several stages, without `shared="copies"`': shared_apart,

@@ -15,6 +15,7 @@ from pipeflow.runtime.decoding import decoding_callables
 from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.job import Job
+from pipeflow.runtime.losses import class_weights
 from pipeflow.runtime.microbatch import BatchReader
 from pipeflow.runtime.offload import HostStore
 from pipeflow.runtime.rank_state import RankState, StageState
@@ -98,8 +99,13 @@ class LocalRanks:
         if job not in self._executors:
             executors = self._executors[job] = {rank: self._bind(job, rank) for rank in self.ranks}
             required = frozenset().union(*(executor.state.required_inputs for executor in executors.values()))
+            modules = {name: m for replica in self.every_replica for name, m in replica.modules.items()}
             self._readers[job] = BatchReader(
-                self._setup.graph, self._layers(job), required, self._setup.plan.num_microbatches
+                self._setup.graph,
+                self._layers(job),
+                required,
+                self._setup.plan.num_microbatches,
+                class_weights(self._setup.graph, modules),
             )
         return self._executors[job]
 

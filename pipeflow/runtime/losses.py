@@ -7,39 +7,108 @@ in the same order, so all ranks and all layouts have the same losses to the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeflow.errors import BatchError
-from pipeflow.graphs.layer import Layer
+from pipeflow.graphs.layer import Labels, Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 
 
-def loss_factors(loss: Layer, sizes: Sequence[int], counted: Sequence[Tensor | None] = ()) -> list[float]:
+def loss_factors(
+    loss: Layer, sizes: Sequence[int], counted: Sequence[Tensor | None] = (), class_weights: Tensor | None = None
+) -> list[float]:
     """What each micro-batch's loss counts in the batch's: its share of samples or of counts, or 1 for a sum.
 
     Args:
         loss: the loss layer.
         sizes: samples of each micro-batch.
-        counted: each micro-batch's part of the loss's `count` input, if it has one.
+        counted: each micro-batch's part of the loss's `counted` input, if it is to be looked at.
+        class_weights: what each class counts, where labels are counted.
 
     Raises:
         BatchError: the counts of the batch are negative, not finite or all 0.
     """
     if loss.reduction == "sum":
         return [1.0] * len(sizes)
-    if loss.count is None:
+    if not counted:
         return [size / sum(sizes) for size in sizes]
-    counts = [0.0 if part is None else float(part.double().sum()) for part in counted]
+    labels = loss.labels
+    counts = [
+        0.0
+        if part is None
+        else float(part.double().sum())
+        if labels is None
+        else count_labels(labels, part, class_weights)
+        for part in counted
+    ]
     total = sum(counts)
     if not (min(counts) >= 0 and 0 < total < float("inf")):
+        what = "counts" if labels is None else f"labels other than {labels.ignored}, by the weights of their classes,"
         raise BatchError(
-            f"the counts {loss.count!r} of loss {loss.name!r} add up to {total:g}, {min(counts):g} in one micro-batch; "
-            "they must be at least 0, and some above"
+            f"the {what} {loss.counted!r} of loss {loss.name!r} add up to {total:g}, {min(counts):g} in one "
+            "micro-batch; they must be at least 0, and some above"
         )
     return [count / total for count in counts]
+
+
+def count_labels(labels: Labels, part: Tensor, class_weights: Tensor | None) -> float:
+    """What torch's mean over these labels divides by.
+
+    Raises:
+        BatchError: a label is none of the weighted classes.
+    """
+    numbers = part.long()  # as torch compares those of other types
+    if class_weights is None:
+        return float((numbers != labels.ignored).sum())
+    kept = numbers[numbers != labels.ignored].to(class_weights.device)
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < len(class_weights):
+        raise BatchError(
+            f"the labels {labels.tensor!r} lie between {int(kept.min())} and {int(kept.max())}, and there are weights "
+            f"for {len(class_weights)} classes; give labels from 0 to {len(class_weights) - 1}, or {labels.ignored} "
+            "for those that do not count"
+        )
+    return float(class_weights.double()[kept].sum())
+
+
+def class_weights(graph: LayerGraph, modules: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+    """What each class counts, for the losses among the modules whose labels are counted by it; not copies."""
+    return {
+        name: modules[name].get_buffer(labels.class_weights)
+        for name in graph.losses
+        if name in modules and (labels := graph.layers[name].labels) is not None and labels.class_weights is not None
+    }
+
+
+def barring(loss: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a loss, which is not given the label that nobody could weigh (`Layer.barred_label`).
+
+    Raises, when it is called:
+        BatchError: the label is there.
+    """
+    label = loss.barred_label
+    assert label is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and _may_label(tensor) and bool(tensor.eq(label).any()):
+                raise BatchError(
+                    f"loss {loss.name!r} was given labels of {label}, which torch's mean leaves out, and "
+                    "what its micro-batches count cannot be told: pass count=, an input that says what each label "
+                    "counts, or let torch's cross-entropy itself be the loss, without label smoothing where classes "
+                    "have weights, of labels that are an input of the graph"
+                )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _may_label(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def loss_table(

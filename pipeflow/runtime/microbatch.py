@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeflow.errors import BatchError, ShapeError
 from pipeflow.graphs.batch import Extent, measure_batch
+from pipeflow.graphs.layer import Labels
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
 from pipeflow.runtime.losses import loss_factors
@@ -34,7 +35,8 @@ class MicroBatches:
     Attributes:
         cut: samples and lengths of each.
         given: the batch as it came.
-        factors: for each counted loss that is computed here, what each micro-batch's counts in the batch's.
+        factors: for each loss that is computed here and whose samples do not count alike, what each
+            micro-batch's counts in the batch's.
     """
 
     cut: Cut
@@ -62,17 +64,24 @@ class BatchReader:
         layers: all that run, on any rank.
         inputs: those that must be there, with data: what this process reads.
         num_microbatches: into how many a batch is cut, and the most that may be given.
+        class_weights: what each class counts, for the losses here that count labels by it.
     """
 
     def __init__(
-        self, graph: LayerGraph, layers: Collection[str], inputs: frozenset[str], num_microbatches: int
+        self,
+        graph: LayerGraph,
+        layers: Collection[str],
+        inputs: frozenset[str],
+        num_microbatches: int,
+        class_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._graph = graph
         self._inputs = inputs
         self._num_microbatches = num_microbatches
         self._lengths = frozenset(n for name in read_inputs(graph, layers) for n in graph.specs[name].lengths)
         losses = [graph.layers[name] for name in graph.losses if name in layers]
-        self._counted = [(loss, loss.count) for loss in losses if loss.count is not None and loss.count in inputs]
+        self._counted = [(loss, loss.counted) for loss in losses if loss.counted is not None and loss.counted in inputs]
+        self._class_weights = class_weights or {}
         self._signature: Any = None
         self._cut = even_cut(0, num_microbatches)
 
@@ -90,9 +99,20 @@ class BatchReader:
         microbatches = MicroBatches(self._cut, batch)
         if not self._counted:
             return microbatches
-        sizes = self._cut.sizes
-        factors = {loss.name: loss_factors(loss, sizes, microbatches.parts(name)) for loss, name in self._counted}
+        factors = {}
+        for loss, name in self._counted:
+            weights = self._class_weights.get(loss.name)
+            if loss.labels is None or self._differ(loss.labels, microbatches, weights):
+                factors[loss.name] = loss_factors(loss, self._cut.sizes, microbatches.parts(name), weights)
         return MicroBatches(self._cut, batch, factors)
+
+    @staticmethod
+    def _differ(labels: Labels, microbatches: MicroBatches, class_weights: Tensor | None) -> bool:
+        """Whether the labels of a sample may count otherwise than those of another."""
+        if labels.class_weights is not None:
+            return class_weights is not None  # else the loss is elsewhere
+        given = microbatches.given
+        return not isinstance(given, Mapping) or bool((given[labels.tensor] == labels.ignored).any())
 
     def _measure(self, batch: Batch) -> Cut:
         if isinstance(batch, Mapping):

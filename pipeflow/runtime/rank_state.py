@@ -119,7 +119,7 @@ class RankState:
         self.losses: dict[str, list[Tensor | float | None]] = {}
         self.outputs: dict[str, dict[int, Tensor]] = {}
         self.verdict = Verdict()
-        self._seeds_key: tuple[tuple[int, ...], float] = ((), 0.0)
+        self._seeded: dict[str, tuple[tuple[int, ...], float]] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -150,11 +150,12 @@ class RankState:
         for name in self.read_inputs:
             self.feed[name] = batch.parts(name, self.device)
         for loss in self._losses:
-            if loss.count is not None:
+            if loss.name in batch.factors:
                 self._make_seeds(loss, batch.factors[loss.name], share)
-            elif (cut.sizes, share) != self._seeds_key:
+                self._seeded.pop(loss.name, None)
+            elif self._seeded.get(loss.name) != (cut.sizes, share):
                 self._make_seeds(loss, loss_factors(loss, cut.sizes), share)
-        self._seeds_key = (cut.sizes, share)
+                self._seeded[loss.name] = (cut.sizes, share)
         self.outputs = {}
         self.verdict = Verdict()
         for stage in self.stages.values():

@@ -24,7 +24,7 @@ from pipeflow.graphs.retyping import retyped
 from pipeflow.runtime.decoding import DecodeSession, check_decoding, decoding_callables
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply, decide, gradient_norms
 from pipeflow.runtime.loss_scale import LossScaler, unscale
-from pipeflow.runtime.losses import add_parts, loss_factors
+from pipeflow.runtime.losses import add_parts, class_weights, loss_factors
 from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
@@ -201,7 +201,9 @@ class Reference:
         graph = self.graph
         self._precision.check_surroundings()
         read = read_inputs(graph, layers)
-        microbatches = BatchReader(graph, layers, required_inputs(graph, layers), self.num_microbatches).read(batch)
+        counted = class_weights(graph, self._replica.modules)
+        reader = BatchReader(graph, layers, required_inputs(graph, layers), self.num_microbatches, counted)
+        microbatches = reader.read(batch)
         if session is not None:
             session.check_rows(microbatches)
         sizes = microbatches.cut.sizes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import trained_parameters
+from pipeflow.runtime.losses import barring
 from pipeflow.runtime.masters import Masters
 from pipeflow.runtime.optimizers import check_optimizer, follows_loss
 from pipeflow.runtime.parameter_groups import Grouping
@@ -74,6 +75,8 @@ class StageReplica:
         for name, function in graph.build(self.layers, seed=seed).items():
             if isinstance(function, nn.Module):
                 function = self.modules[name] = function.to(device)
+            if graph.layers[name].barred_label is not None:
+                function = barring(graph.layers[name], function)
             if graph.layers[name].is_random:
                 function = RandomLayer(function, key=layer_key(seed, name), device=device)
                 self.random_layers.append(function)
