@@ -1,7 +1,7 @@
 """One training forward of a layer on tensors without data, and what is seen on the way.
 
-Fake kernels check less than real ones; what is known to slip through (mixed dtypes, running
-statistics, changes in place) is watched here. Which shapes to try is not decided here.
+Fake kernels check less than real ones; what is known to slip through is watched (`kernels`,
+`effects`, `fake_backward`). Which shapes to try is not decided here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.calling import read_results
 from pipeflow.graphs.effects import Effects, check_effects, foreign_calls, kept_tensors
-from pipeflow.graphs.label_means import LABEL_OPS, LabelMean, SeenMean, label_means, seen_mean
+from pipeflow.graphs.fake_backward import Backward, check_backward, is_straight, run_backward
+from pipeflow.graphs.kernels import Watch, dtype_name
+from pipeflow.graphs.label_means import LabelMean, label_means
 from pipeflow.graphs.layer import Source, kind_of
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Nest, rebuild
@@ -35,12 +36,6 @@ from pipeflow.graphs.norms import norm_calls, refuse_synchronised
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import Trial
-
-# Fake kernels of these let dtypes pass that the real ones refuse.
-_SAME_DTYPE_OPS = frozenset({"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution"})
-_NORM_OPS = frozenset({"native_layer_norm", "native_batch_norm", "native_group_norm"})
-# Batch-norm kernels update running statistics without saying so in their signature.
-_BATCH_NORM_OPS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,50 +49,6 @@ class Run:
     strided_gradients: frozenset[int]
     kept: Mapping[str, torch.Tensor]
     label_means: tuple[LabelMean, ...]
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is not annotated
-    """Sees every kernel: random ones, running statistics, and dtypes that real kernels refuse."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.is_random = False
-        self.updated: list[torch.Tensor] = []
-        self.label_means: list[SeenMean] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        op = func._schema.name.removeprefix("aten::")
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.is_random = True
-        if op.startswith("quantize_per_"):
-            raise RuntimeError(
-                f"{op} makes a quantized tensor, which autograd and transfers do not know; fake-quantize"
-            )
-        if op in _SAME_DTYPE_OPS or op in _NORM_OPS or op == "_prelu_kernel":
-            _check_same_dtype(op, args)
-        if op in LABEL_OPS:
-            _check_target(args[1])
-        if op in _BATCH_NORM_OPS and args[5]:
-            self.updated += [t for t in args[3:5] if t is not None]
-        result = func(*args, **(kwargs or {}))
-        if op in LABEL_OPS and (mean := seen_mean(args, result)) is not None:
-            self.label_means.append(mean)
-        return result
-
-
-def _check_same_dtype(op: str, args: tuple[Any, ...]) -> None:
-    dtypes = list(dict.fromkeys(a.dtype for a in args if isinstance(a, torch.Tensor)))
-    if op in _NORM_OPS and dtypes[0] in (torch.bfloat16, torch.float16) and dtypes[1:] == [torch.float32]:
-        return  # half inputs with float32 statistics are ordinary
-    if len(dtypes) > 1:
-        raise RuntimeError(f"{op} takes tensors of one dtype, not {' and '.join(dtype_name(d) for d in dtypes)}")
-
-
-def _check_target(target: torch.Tensor) -> None:
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"class indices must be int64, not {dtype_name(target.dtype)}")
 
 
 def run(
@@ -142,7 +93,7 @@ def run(
         norm_calls(function) as calls,
         foreign_calls(function) as foreign,
         effects,
-        _Watch() as watch,
+        Watch() as watch,
     ):
         tensors = [_fake(spec, trial, device) for spec in inputs]
         watch.is_random = False
@@ -154,7 +105,14 @@ def run(
             raise _refusal(name, source, function, inputs, trial, error) from error
     outputs, results = read_results(name, kind_of(source), result)
     kept = {n: t for n, t in kept_tensors(module).items() if id(t) not in there and effects.is_derived(t)}
-    check_effects(f"layer {name!r} ({kind_of(source)})", function, tensors, outputs, effects, foreign, kept)
+    who = f"layer {name!r} ({kind_of(source)})"
+    check_effects(who, function, tensors, outputs, effects, foreign, kept)
+    # In evaluation there is none.
+    if module.training:
+        backward = run_backward(module, mode, tensors, outputs, by_hooks=watch.saves_by_hooks)
+        check_backward(who, backward)
+    else:
+        backward = Backward()
     updated = {id(t) for t in watch.updated}
     mutated = frozenset(
         n
@@ -170,35 +128,10 @@ def run(
         norm_calls=tuple(calls),
         # One tensor given twice would have its gradients added in the order of no layout in particular.
         strided_outputs=frozenset(i for i, t in enumerate(outputs) if not is_straight(t)) | again,
-        strided_gradients=_strided_gradients(mode, tensors, outputs),
+        strided_gradients=backward.strided_gradients,
         kept=kept,
         label_means=label_means(watch.label_means, function, tensors, outputs),
     )
-
-
-def is_straight(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor holds its numbers in order, and not their conjugates or negatives."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _strided_gradients(
-    mode: FakeTensorMode, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-) -> frozenset[int]:
-    """The inputs whose gradients are not contiguous though those of the outputs are.
-
-    All that could have one, where backward does not run without data.
-    """
-    learned = [i for i, t in enumerate(inputs) if t.requires_grad]
-    roots = [t for t in outputs if t.requires_grad]
-    if not learned or not roots:
-        return frozenset()
-    try:
-        with mode:
-            ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in roots]
-            gradients = torch.autograd.grad(roots, [inputs[i] for i in learned], ones, allow_unused=True)
-    except Exception:  # whatever a backward may need that is not here
-        return frozenset(learned)
-    return frozenset(i for i, g in zip(learned, gradients, strict=True) if g is not None and not is_straight(g))
 
 
 def _fake(spec: TensorSpec, trial: Trial, device: torch.device | None) -> torch.Tensor:
@@ -277,10 +210,6 @@ def _expected(function: object) -> str:
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(int(n) for n in tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

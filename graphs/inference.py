@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
 from pipeflow.graphs.decoding import decoding_of
-from pipeflow.graphs.fake_run import Run, dtype_name, fake_copy, quiet, run, spec_of
+from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run, spec_of
+from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.label_means import LabelMean
 from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source
 from pipeflow.graphs.module_check import check_module

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pipeflow as pf
 from pipeflow.errors import PipeflowError
@@ -90,6 +91,33 @@ def hook_on_a_parameter() -> None:
     linear = nn.Linear(4, 4)
     linear.weight.register_hook(lambda gradient: 2 * gradient)  # type: ignore[no-untyped-call]
     chain(linear)
+
+
+class CheckpointedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.norm, x, use_reentrant=False)
+
+
+def checkpointed_norm() -> None:
+    chain(CheckpointedNorm())
+
+
+class NoisyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.rand_like(gradient)
+
+
+def random_backward() -> None:
+    chain(NoisyGradient.apply)
 
 
 def shapes_of_the_first_call() -> None:
@@ -315,6 +343,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an auxiliary loss left in an attribute": leaves_a_loss,
     "a function that calls modules of its own, a hook that closes over another layer": calls_a_module_of_its_own,
     "a hook on a parameter, which no copy has": hook_on_a_parameter,
+    "batch-norm within torch's own checkpoint, which shows it everything twice": checkpointed_norm,
+    "random numbers drawn in backward, those of a checkpoint apart": random_backward,
     "parameters without a shape until the first call": shapes_of_the_first_call,
     "parameters that are tensor subclasses or sparse": subclass_of_tensor,
     "sparse gradients": sparse_gradients,

@@ -18,6 +18,7 @@ from pipeflow.runtime.job import Job
 from pipeflow.runtime.losses import class_weights
 from pipeflow.runtime.microbatch import BatchReader
 from pipeflow.runtime.offload import HostStore
+from pipeflow.runtime.randomness import take_turns_in_backward
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
 from pipeflow.runtime.replica import StageReplica
@@ -44,6 +45,8 @@ class LocalRanks:
     def __init__(
         self, setup: Setup, ranks: Sequence[int], exchange: Exchange, remote: DistributedTransport | None
     ) -> None:
+        if len(ranks) > 1:
+            take_turns_in_backward()
         self.ranks = tuple(ranks)
         self._setup = setup
         self._exchange = exchange

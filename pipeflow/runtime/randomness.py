@@ -3,6 +3,9 @@
 A layer that draws random numbers draws them from generators seeded by (seed, step, layer,
 first sample): never by rank, stage or micro-batch count of other layers. The global generators are
 left as they were. They are shared by all threads of the process, hence the lock.
+
+torch's checkpoint is the one that uses them in backward: it puts them as they were in forward, runs
+that again, and restores them. Ranks that are threads of one process take turns in that too.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +52,26 @@ def keyed(key: int, device: torch.device) -> Iterator[None]:
         finally:
             for g, state in zip(generators, states, strict=True):
                 g.set_state(state)
+
+
+@cache
+def take_turns_in_backward() -> None:
+    """From now on, what forks the generators within a backward does so while it holds the lock.
+
+    It is the checkpoint's own backward that does, of which nothing else could be wrapped: the lock is held
+    for no longer than the generators are not as others left them, by the thread that changes them.
+    """
+    fork = torch.random.fork_rng
+
+    @wraps(fork)
+    @contextmanager
+    def fork_in_turn(devices: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> Iterator[None]:
+        in_backward = torch._C._current_graph_task_id() >= 0
+        turn: AbstractContextManager[object] = _LOCK if enabled and in_backward else nullcontext()
+        with turn, fork(devices, enabled, *args, **kwargs):
+            yield
+
+    torch.random.fork_rng = fork_in_turn  # type: ignore[assignment]  # takes the same
 
 
 class Keyed(Protocol):

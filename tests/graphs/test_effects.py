@@ -246,3 +246,82 @@ def test_batches_of_other_tensors_are_refused(x: Tensor, words: str) -> None:
 
 def test_torch_checkpoint_is_fine() -> None:
     declare(Around(lambda m, x: checkpoint(m.linear, x, use_reentrant=False)))
+
+
+# -- backward --------------------------------------------------------------------------------
+
+
+class DrawsInBackward(torch.autograd.Function):
+    """Adds noise to gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + torch.rand_like(gradient)
+
+
+class Noisy(nn.Module):
+    """Its weight's gradient is noisy; that of its input is not computed where it is the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * DrawsInBackward.apply(self.weight)  # type: ignore[no-untyped-call]
+
+
+def dropped_again(module: Any, x: Tensor) -> Any:
+    return checkpoint(
+        lambda y: nn.functional.dropout(module.linear(y)), x, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+@pytest.mark.parametrize(
+    "layer", [Noisy(), pf.lazy(Noisy), DrawsInBackward.apply, Around(dropped_again)], ids=lambda f: str(f)[:20]
+)
+def test_random_numbers_in_backward_are_refused(layer: object) -> None:
+    refuse(layer, "draws random numbers in backward.*draw in forward and save what was drawn")
+    graph = pf.LayerGraph("first")
+    if not callable(getattr(layer, "__func__", None)):  # without weights nothing comes back to the first layer
+        with pytest.raises(GraphError, match="draws random numbers in backward"):
+            graph.add("e", layer, graph.input("x", ("B", 8)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_masks_that_a_checkpoint_draws_again_are_fine(reentrant: bool) -> None:
+    """As is attention without dropout, which torch calls random."""
+
+    def attend(module: Any, x: Tensor) -> Any:
+        def within(y: Tensor) -> Tensor:
+            y = module.linear(y)[:, None]
+            return nn.functional.dropout(nn.functional.scaled_dot_product_attention(y, y, y)[:, 0])
+
+        return checkpoint(within, x, use_reentrant=reentrant)
+
+    assert declare(Around(attend)).layers["e"].is_random
+    plain = declare(lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0])
+    assert not plain.layers["e"].is_random
+
+
+class CheckpointedNorm(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_norms_within_a_checkpoint_are_refused(reentrant: bool) -> None:
+    """Their statistics would move twice for each micro-batch, or once on replicas."""
+    words = r"changes its buffer 'inner\.1\.running_mean' in backward too.*let the plan recompute the layer"
+    refuse(CheckpointedNorm(reentrant), words)
+    frozen = CheckpointedNorm(reentrant)
+    frozen.inner.requires_grad_(False)
+    refuse(frozen, words)

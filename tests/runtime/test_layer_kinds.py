@@ -78,6 +78,31 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+class CheckpointedDropout(nn.Module):
+    """Draws a mask in forward, and again in backward: one as torch does by default, one by nested backwards."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), nn.Dropout(0.4), nn.Tanh())
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant) if self.training else self.inner(x)
+
+
+def checkpointed_dropout(reentrant: bool = False) -> pf.LayerGraph:
+    """Checkpoints and dropout on every stage: the threads of all of them want the one generator there is."""
+    graph, h = start("checkpointed dropout")
+    for i in range(6):
+        h = graph.add(f"checkpointed{i}", pf.lazy(CheckpointedDropout, reentrant), h)
+        h = graph.add(f"dropped{i}", nn.Dropout(0.2), h)
+    return finish(graph, h)
+
+
+def reentrant_checkpoints() -> pf.LayerGraph:
+    return checkpointed_dropout(reentrant=True)
+
+
 def torch_checkpoint() -> pf.LayerGraph:
     graph, h = start("checkpoint")
     return finish(graph, graph.add("checkpointed", pf.lazy(Checkpointed), h))
@@ -120,6 +145,8 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     hooks_on_tensors,
     weight_between_layers,
     torch_checkpoint,
+    checkpointed_dropout,
+    reentrant_checkpoints,
     parametrized,
     second_derivative,
     number_between_layers,
@@ -161,3 +188,11 @@ def test_a_backward_hook_goes_with_the_copies() -> None:
         reference.step(sample_batch(graph, 4))
         moved.append(reference.state_dict()["first.weight"] - before)
     torch.testing.assert_close(moved[1], 2 * moved[0])
+
+
+def test_checkpoints_of_all_ranks_take_turns_at_the_generator() -> None:
+    """Two draws at once would be of one state: what comes out would differ from run to run."""
+    graph = checkpointed_dropout()
+    stages = [(layers, (i,)) for i, layers in enumerate(stages_of(graph))]
+    plan = make_plan(graph, stages, num_microbatches=16)
+    check_layout_invariance(graph, plan, [sample_batch(graph, 16, seed=n) for n in range(8)])
