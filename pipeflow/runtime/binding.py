@@ -40,6 +40,7 @@ from pipeflow.program import (
     ranks_of,
 )
 from pipeflow.runtime.messages import Messages
+from pipeflow.runtime.randomness import letting_others
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.reduction import reduce_gradients
 from pipeflow.runtime.stage import Call, Slots
@@ -212,7 +213,8 @@ class Binder:
             position = members.index(m)
 
             def gather(row: Tensor) -> Tensor:
-                rows = transport.exchange(others, row)
+                with letting_others():
+                    rows = transport.exchange(others, row)
                 return torch.stack([*rows[:position], row, *rows[position:]])
 
             return Group(len(members), gather) if others else None

@@ -44,14 +44,55 @@ def keyed(key: int, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             generators.append(torch.cuda.default_generators[index])
-        states = [g.get_state() for g in generators]
+        turn = _Turn(generators)
+        _turns.held.append(turn)
         try:
             for g in generators:
                 g.manual_seed(key)
             yield
         finally:
-            for g, state in zip(generators, states, strict=True):
-                g.set_state(state)
+            _turns.held.pop()
+            turn.swap()
+
+
+class _Turn:
+    """The generators that a thread uses, and in which state they are to be for others."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+        self._states = [g.get_state() for g in generators]
+
+    def swap(self) -> None:
+        """Puts the generators in the other state, and keeps the one that they were in."""
+        current = [g.get_state() for g in self._generators]
+        for g, state in zip(self._generators, self._states, strict=True):
+            g.set_state(state)
+        self._states = current
+
+
+class _Turns(threading.local):
+    """The turns that this thread has, one within another."""
+
+    def __init__(self) -> None:
+        self.held: list[_Turn] = []
+
+
+_turns = _Turns()
+
+
+@contextmanager
+def letting_others() -> Iterator[None]:
+    """Gives the generators to others meanwhile, where this thread has them: for waiting for who may need them."""
+    held = list(_turns.held)
+    for turn in reversed(held):
+        turn.swap()
+        _LOCK.release()
+    try:
+        yield
+    finally:
+        for turn in held:
+            _LOCK.acquire()
+            turn.swap()
 
 
 @cache
@@ -71,7 +112,7 @@ def take_turns_in_backward() -> None:
         with turn, fork(devices, enabled, *args, **kwargs):
             yield
 
-    torch.random.fork_rng = fork_in_turn  # type: ignore[assignment]  # takes the same
+    torch.random.fork_rng = fork_in_turn
 
 
 class Keyed(Protocol):

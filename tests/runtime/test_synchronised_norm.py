@@ -78,6 +78,31 @@ def test_norms_that_are_computed_again_divide_by_the_same(case: Callable[[], pf.
     check_as_one_device(graph, plan.model_copy(update={"stages": again}), num_replicas=2)
 
 
+def masked_norms() -> pf.LayerGraph:
+    """Random numbers before, between and after norms of one layer, and in others."""
+    norms = [pf.lazy(nn.BatchNorm1d, CHANNELS, dtype=torch.float64) for _ in range(2)]
+    drops = [pf.lazy(nn.Dropout, 0.3) for _ in range(3)]
+    return normed(pf.lazy(nn.Sequential, drops[0], norms[0], drops[1], norms[1], drops[2]), nn.Dropout(0.2))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_norms_of_random_layers_wait_without_keeping_the_generator(again: bool) -> None:
+    """There is one generator for all threads: a norm that waits for one which needs it would wait forever."""
+    graph = masked_norms()
+    plan = unequal_replicas(graph)
+    if again:
+        stages = tuple(stage.with_recompute([n for n in stage.layers if n != "loss"]) for stage in plan.stages)
+        plan = plan.model_copy(update={"stages": stages})
+    runs: list[list[float]] = []
+    for _ in range(2):
+        torch.manual_seed(len(runs))
+        state = torch.get_rng_state()
+        with pf.Engine(graph, plan, sgd, batch_norm="synchronised") as engine:
+            runs.append([engine.step(sample_batch(graph, n, seed=n)).loss for n in (12, 4, 7)])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert runs[0] == runs[1]
+
+
 def over_gloo(rank: int) -> None:
     for case in SYNCHRONISED:
         graph = case()
@@ -88,6 +113,20 @@ def over_gloo(rank: int) -> None:
 def test_replicas_divide_by_what_all_of_them_see_over_processes() -> None:
     for result in run_ranks(over_gloo, 4):
         assert result.error is None, result.trace
+
+
+def masked_over_gloo(rank: int) -> list[float]:
+    graph = masked_norms()
+    with pf.Engine(graph, unequal_replicas(graph), sgd, batch_norm="synchronised") as engine:
+        return [engine.step(sample_batch(graph, n, seed=n)).loss for n in (12, 4, 7)]
+
+
+def test_norms_of_random_layers_draw_alike_in_threads_and_processes() -> None:
+    graph = masked_norms()
+    with pf.Engine(graph, unequal_replicas(graph), sgd, batch_norm="synchronised") as engine:
+        expected = [engine.step(sample_batch(graph, n, seed=n)).loss for n in (12, 4, 7)]
+    for result in run_ranks(masked_over_gloo, 4):
+        assert result.value == pytest.approx(expected, rel=1e-12), result.trace
 
 
 def test_single_replicas_and_instance_norms_are_as_they_were() -> None:
