@@ -156,8 +156,13 @@ class Layer:
     @property
     def is_replicable(self) -> bool:
         """Whether replicas can train it as one device: all it changes are statistics that they can exchange."""
+        return not self.own_buffers
+
+    @property
+    def own_buffers(self) -> tuple[str, ...]:
+        """The buffers that a training forward changes and that are no running statistics of torch's norms."""
         known = {f"{norm}.{buffer}".lstrip(".") for norm in self.norm_calls for buffer in RUNNING_STATISTICS}
-        return known.issuperset(self.mutated_buffers)
+        return tuple(name for name in self.mutated_buffers if name not in known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

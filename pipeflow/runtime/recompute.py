@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeflow.flows import Flow
 from pipeflow.graphs.layer import Layer
+from pipeflow.runtime.fresh_buffers import Places, copied, places_of
 from pipeflow.runtime.stage import CompiledStage, LayerCall, Slots
 
 _RAISED_IN = "_pipeflow_raised_in"
@@ -105,28 +106,25 @@ class _Buffers:
         self.are_noted = False
 
     @contextmanager
-    def lent(self, position: int, places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    def lent(self, position: int, places: Places) -> Iterator[None]:
         """Notes the buffers; if they are noted already, puts copies of those in their places meanwhile."""
         current = [getattr(module, name) for module, name in places]
         if not self.are_noted:
-            self._before[position] = [b.detach().clone() for b in current]
+            self._before[position] = copied(current)
             yield
             return
         try:
-            for (module, name), before in zip(places, self._before[position], strict=True):
-                setattr(module, name, before.clone())
+            for (module, name), copy in zip(places, copied(self._before[position]), strict=True):
+                setattr(module, name, copy)
             yield
         finally:
             for (module, name), buffer in zip(places, current, strict=True):
                 setattr(module, name, buffer)
 
 
-def _buffers(layer: Layer, modules: Mapping[str, nn.Module]) -> tuple[tuple[nn.Module, str], ...]:
-    """(module, name) of each buffer that the layer's forward changes."""
-    if not layer.mutated_buffers:
-        return ()
-    places = (path.rpartition(".") for path in layer.mutated_buffers)
-    return tuple((modules[layer.name].get_submodule(owner), name) for owner, _, name in places)
+def _buffers(layer: Layer, modules: Mapping[str, nn.Module]) -> Places:
+    """Where the buffers are that the layer's forward changes."""
+    return places_of(modules[layer.name], layer.mutated_buffers) if layer.mutated_buffers else ()
 
 
 def fuse_runs(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import trained_parameters
+from pipeflow.runtime.fresh_buffers import with_fresh_buffers
 from pipeflow.runtime.losses import barring
 from pipeflow.runtime.masters import Masters
 from pipeflow.runtime.optimizers import check_optimizer, follows_loss
@@ -74,7 +75,8 @@ class StageReplica:
         self.random_layers: list[RandomLayer] = []
         for name, function in graph.build(self.layers, seed=seed).items():
             if isinstance(function, nn.Module):
-                function = self.modules[name] = function.to(device)
+                self.modules[name] = function.to(device)
+                function = with_fresh_buffers(graph.layers[name], function)
             if graph.layers[name].barred_label is not None:
                 function = barring(graph.layers[name], function)
             if graph.layers[name].is_random:

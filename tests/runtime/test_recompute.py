@@ -16,6 +16,7 @@ from pipeflow.errors import LayerFailure
 from pipeflow.execution_plan import Plan
 from pipeflow.testing import check_layout_invariance, layer_graphs, plans, unit_costs
 from pipeflow.testing.graphs import sample_batch
+from tests.runtime.test_layer_kinds import buffers_in_backward
 
 
 def recomputing(plan: Plan, names: Sequence[str] | None = None) -> Plan:
@@ -91,6 +92,15 @@ def test_buffers_are_updated_once_and_read_as_they_were(schedule: str) -> None:
     for num_stages in (1, 2):
         check_layout_invariance(graph, recomputing(planned(graph, num_stages, schedule=schedule)), batches)
         check_layout_invariance(graph, recomputing(planned(graph, num_stages), ["l1", "l2", "l4"]), batches)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_buffers_that_backward_needs_are_those_of_their_micro_batch(schedule: str) -> None:
+    """Some are replaced in forward, some are added to, by one of the two names that they have."""
+    graph = buffers_in_backward()
+    for num_stages in (1, 3):
+        plan = recomputing(planned(graph, num_stages, schedule=schedule))
+        check_layout_invariance(graph, plan, [sample_batch(graph, 8, seed=i) for i in range(3)])
 
 
 class Counts(nn.Module):
