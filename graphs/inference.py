@@ -43,8 +43,8 @@ class Inferred:
         outputs: specs, in order. A size that follows its lengths by no rule is the length
             "<output.dimension>", to be found for each length by `run_shapes`.
         results: the template of what the callable returns.
-        is_random: whether random numbers are drawn.
-        mutated_buffers: names of buffers that the forward changes.
+        is_random: whether random numbers are drawn, in training or in evaluation.
+        mutated_buffers: names of buffers that the forward changes, in training or in evaluation.
         norm_calls: paths of the norms with running statistics that it calls, in order.
         decoding: how it runs a few steps of a sequence at a time.
         strided_outputs: positions of outputs that are not contiguous.
@@ -219,18 +219,21 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
                 f"layer {name!r} gives {form_of(first.results)} for {trials[0]} and {form_of(other.results)} for "
                 f"{trial}; the number of outputs, their form and the constants among them must not depend on the batch"
             )
-    if _depends_on_mode(module):
-        _check_evaluation(question, module, mode, first)
+    evaluation = _evaluated(question, module, mode) if _depends_on_mode(module) else None
+    if evaluation is not None:
+        _check_evaluation(name, first, evaluation)
+        runs.append(evaluation)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     mutated = frozenset().union(*(r.mutated for r in runs))
-    columns = zip(*(r.outputs for r in runs), strict=True)
+    training = runs[: len(trials)]
+    columns = zip(*(r.outputs for r in training), strict=True)
     return Inferred(
         outputs=tuple(_merge(name, i, column, trials) for i, column in enumerate(columns)),
         results=first.results,
         is_random=any(r.is_random for r in runs),
         mutated_buffers=tuple(n for n in buffers if n in mutated),
-        norm_calls=first.norm_calls if all(r.norm_calls == first.norm_calls for r in runs) else (),
+        norm_calls=first.norm_calls if all(r.norm_calls == first.norm_calls for r in training) else (),
         decoding=decoding_of(function),
         strided_outputs=frozenset().union(*(r.strided_outputs for r in runs)),
         strided_gradients=frozenset().union(*(r.strided_gradients for r in runs)),
@@ -247,17 +250,19 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return any(not type(m).__module__.startswith("torch.nn.") for m in module.modules())
 
 
-def _check_evaluation(question: _Question, module: nn.Module, mode: FakeTensorMode, training: Run) -> None:
-    """Refuses a module that gives something of another form or shape in evaluation than in training."""
-    name, source, trial = question.name, question.source, question.trials[0]
+def _evaluated(question: _Question, module: nn.Module, mode: FakeTensorMode) -> Run | None:
+    """A run in evaluation; None where it cannot be known without data: whoever evaluates is told then."""
+    given = (question.inputs, question.arguments, question.trials[0], question.numerics)
     try:
-        evaluation = run(
-            name, source, module.eval(), mode, question.inputs, question.arguments, trial, question.numerics
-        )
+        return run(question.name, question.source, module.eval(), mode, *given)
     except ShapeError:
-        return  # it cannot be known without data; whoever evaluates is told then
+        return None
     finally:
         module.train()
+
+
+def _check_evaluation(name: str, training: Run, evaluation: Run) -> None:
+    """Refuses a module that gives something of another form or shape in evaluation than in training."""
     runs = (training, evaluation)
     seen = [[(tuple(t.shape), t.dtype) for t in r.outputs] for r in runs]
     if not alike(training.results, evaluation.results) or seen[0] != seen[1]:

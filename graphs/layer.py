@@ -109,8 +109,8 @@ class Layer:
         labels: of a loss without `count` that is torch's mean over labels; None for others.
         barred_label: the label that it cannot be given, since a mean would leave it out that nobody
             can weigh; None for none.
-        is_random: whether a training forward draws random numbers.
-        mutated_buffers: names of the buffers that a training forward changes.
+        is_random: whether a forward draws random numbers, in training or in evaluation.
+        mutated_buffers: names of the buffers that a forward changes, in either.
         norm_calls: paths of torch's norms with running statistics that it calls, in order (`norms`).
         strided_outputs: positions of outputs that it gives as views which are not contiguous.
         strided_gradients: positions of inputs whose gradients it gives as such.
@@ -160,7 +160,7 @@ class Layer:
 
     @property
     def own_buffers(self) -> tuple[str, ...]:
-        """The buffers that a training forward changes and that are no running statistics of torch's norms."""
+        """The buffers that a forward changes and that are no running statistics of torch's norms."""
         known = {f"{norm}.{buffer}".lstrip(".") for norm in self.norm_calls for buffer in RUNNING_STATISTICS}
         return tuple(name for name in self.mutated_buffers if name not in known)
 

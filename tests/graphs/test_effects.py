@@ -126,6 +126,25 @@ def test_notes_and_tables_are_fine(function: Callable[..., Any]) -> None:
     declare(Around(function))
 
 
+class CountsInEvaluation(nn.Module):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.seen += 1
+        return x + self.seen
+
+
+def test_buffers_that_change_in_evaluation_alone_are_seen() -> None:
+    layer = declare(CountsInEvaluation()).layers["e"]
+    assert layer.mutated_buffers == ("seen",)
+    assert not layer.is_replicable
+
+
 # -- what a copy would not have ----------------------------------------------------------------
 
 DROPOUT, LINEAR = nn.Dropout(0.5), nn.Linear(8, 8)

@@ -179,6 +179,20 @@ def buffers_in_backward() -> pf.LayerGraph:
     return finish(graph, h)
 
 
+class NoisyInEvaluation(nn.Module):
+    """Draws where torch's dropout does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else x * torch.rand_like(x)
+
+
+def random_in_evaluation() -> pf.LayerGraph:
+    graph, h = start("noisy evaluation")
+    for i in range(3):
+        h = graph.add(f"noisy{i}", pf.lazy(NoisyInEvaluation), h)
+    return finish(graph, h)
+
+
 def number_between_layers() -> pf.LayerGraph:
     """A tensor without dimensions, one for each micro-batch."""
     graph, h = start("number")
@@ -195,6 +209,7 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     reentrant_checkpoints,
     parametrized,
     second_derivative,
+    random_in_evaluation,
     number_between_layers,
 ]
 
