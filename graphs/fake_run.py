@@ -34,6 +34,7 @@ from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.norms import norm_calls, refuse_synchronised
 from pipeflow.graphs.numerics import Numerics
+from pipeflow.graphs.plain_state import plain_state
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import Trial
 
@@ -49,6 +50,8 @@ class Run:
     strided_gradients: frozenset[int]
     kept: Mapping[str, torch.Tensor]
     label_means: tuple[LabelMean, ...]
+    plain_state: tuple[Mapping[str, object], Mapping[str, object]]
+    generators: tuple[torch.Generator, ...]
 
 
 def run(
@@ -86,6 +89,7 @@ def run(
     else:
         device = torch.device(numerics.device)
     effects = Effects(earlier or {})
+    plain = plain_state(function)
     with (
         torch.enable_grad(),
         numerics.context(),
@@ -131,6 +135,8 @@ def run(
         strided_gradients=backward.strided_gradients,
         kept=kept,
         label_means=label_means(watch.label_means, function, tensors, outputs),
+        plain_state=(plain, plain_state(function)),
+        generators=tuple(watch.generators),
     )
 
 

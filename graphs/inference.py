@@ -24,10 +24,11 @@ from pipeflow.graphs.decoding import decoding_of
 from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.label_means import LabelMean
-from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source
+from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source, kind_of
 from pipeflow.graphs.module_check import check_module
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
+from pipeflow.graphs.plain_state import changed, check_generators, check_plain_state, common_generators
 from pipeflow.graphs.randomness import isolated
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import FIXED_LENGTHS, Trial, fit
@@ -209,9 +210,11 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
             numerics.as_run(module)
     given = (question.inputs, question.arguments)
     runs: list[Run] = []
+    common = common_generators()
     for trial in trials:
         kept = runs[-1].kept if runs else {}
         runs.append(run(name, source, function, mode, *given, trial, numerics, kept))
+    _check_apart(question, function, mode, runs, common)
     first = runs[0]
     for trial, other in zip(trials, runs, strict=True):
         if not alike(first.results, other.results):
@@ -243,6 +246,30 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         ties=_ties({**parameters, **buffers}),
         label_means=first.label_means,
     )
+
+
+def _check_apart(
+    question: _Question,
+    function: Callable[..., Any],
+    mode: FakeTensorMode,
+    runs: Sequence[Run],
+    common: Mapping[str, object],
+) -> None:
+    """Refuses a layer whose calls depend on others, by numbers that it keeps or by generators.
+
+    Args:
+        runs: some calls of it.
+        common: the states of common generators before these.
+    """
+    who = f"layer {question.name!r} ({kind_of(question.source)})"
+    check_generators(who, [r.generators for r in runs])
+    after = common_generators()
+    if not changed(*runs[-1].plain_state) and not changed(common, after):
+        return
+    # A note of the sizes, say, is the same once more; a counter is not.
+    given = (question.inputs, question.arguments, question.trials[-1], question.numerics, runs[-1].kept)
+    again = run(question.name, question.source, function, mode, *given)
+    check_plain_state(who, {**after, **again.plain_state[0]}, {**common_generators(), **again.plain_state[1]})
 
 
 def _depends_on_mode(module: nn.Module) -> bool:

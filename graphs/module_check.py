@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from pipeflow.errors import GraphError
+from pipeflow.graphs.plain_state import UNKEYED
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -38,6 +39,11 @@ def check_module(name: str, module: nn.Module) -> None:
     for local, tensor in (*module.named_parameters(), *module.named_buffers()):
         _check_tensor(who, local, tensor)
     for path, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if isinstance(value, torch.Generator):
+                raise GraphError(
+                    f"{who} has a torch.Generator in its attribute {f'{path}.{attribute}'.lstrip('.')!r}, {UNKEYED}"
+                )
         for hook in _hooks(part):
             if held := _closed_over(hook):
                 raise GraphError(

@@ -7,6 +7,7 @@ error that it raises must hold the words of the second.
 from __future__ import annotations
 
 import ast
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -77,6 +78,22 @@ def changes_its_weights() -> None:
 
 def keeps_state() -> None:
     chain(Remembering())
+
+
+class CountsCalls(nn.Module):
+    num_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        return x / self.num_calls
+
+
+def counts_calls() -> None:
+    chain(CountsCalls())
+
+
+def other_random_numbers() -> None:
+    chain(lambda x: x * random.random())
 
 
 def leaves_a_loss() -> None:
@@ -340,6 +357,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a layer that changes its input in place, in training or in evaluation": changes_its_input,
     "a layer that changes its weights in forward": changes_its_weights,
     "a layer that keeps state in attributes from call to call": keeps_state,
+    "a layer that counts its calls, in an attribute, a closure or elsewhere": counts_calls,
+    "random numbers from Python's `random`, numpy or a `torch.Generator` of one's own": other_random_numbers,
     "an auxiliary loss left in an attribute": leaves_a_loss,
     "a function that calls modules of its own, a hook that closes over another layer": calls_a_module_of_its_own,
     "a hook on a parameter, which no copy has": hook_on_a_parameter,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,6 +146,152 @@ def test_buffers_that_change_in_evaluation_alone_are_seen() -> None:
     layer = declare(CountsInEvaluation()).layers["e"]
     assert layer.mutated_buffers == ("seen",)
     assert not layer.is_replicable
+
+
+# -- numbers and generators ------------------------------------------------------------------
+
+
+def attribute(module: Any, x: Tensor) -> Any:
+    module.calls = getattr(module, "calls", 0) + 1
+    return module.linear(x) * module.calls
+
+
+def table(module: Any, x: Tensor) -> Any:
+    module.seen = getattr(module, "seen", {"rows": [0]})
+    module.seen["rows"][0] += 1
+    return module.linear(x) * module.seen["rows"][0]
+
+
+class Own:
+    """An object of somebody's own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def within_an_object(module: Any, x: Tensor) -> Any:
+    module.own = getattr(module, "own", None) or Own()
+    module.own.calls += 1
+    return module.linear(x) * module.own.calls
+
+
+def closure() -> Callable[[Tensor], Tensor]:
+    calls = 0
+
+    def layer(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x * calls
+
+    return layer
+
+
+class OfTheClass(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        OfTheClass.calls += 1
+        return x * OfTheClass.calls
+
+
+NUM_CALLS = [0]
+
+
+def of_the_module(x: Tensor) -> Tensor:
+    NUM_CALLS[0] += 1
+    return x * NUM_CALLS[0]
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.calls = itertools.count()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * next(self.calls)
+
+    def method(self, x: Tensor) -> Tensor:
+        return x * next(self.calls)
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"),
+    [
+        (Around(attribute), "its attribute 'calls'"),
+        (nn.Sequential(Around(attribute)), "its attribute '0.calls'"),
+        (Around(table), "its attribute 'seen'"),
+        (Around(within_an_object), "its attribute 'own', 'calls' of it"),
+        (closure(), "the variable 'calls'"),
+        (OfTheClass(), "the attribute 'calls' of OfTheClass"),
+        (of_the_module, "the variable 'NUM_CALLS'"),
+        (Calls(), "its object, 'calls' of it"),
+        (Calls().method, "its object, 'calls' of it"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_numbers_that_calls_leave_for_the_next_are_refused(layer: object, where: str) -> None:
+    refuse(layer, f"changes {where} in each call, here to .*register it as a buffer")
+
+
+def of_sizes(module: Any, x: Tensor) -> Any:
+    module.last = {"rows": len(x), "shape": tuple(x.shape), "mean": x.detach().mean()}
+    module.tables = {**getattr(module, "tables", {}), len(x): "made"}
+    return module.linear(x)
+
+
+def test_numbers_that_tell_of_the_call_are_fine() -> None:
+    declare(Around(of_sizes))
+
+
+def layer_drop(module: Any, x: Tensor) -> Any:
+    return x if random.random() < 0.5 else module.linear(x)
+
+
+def old_numpy(module: Any, x: Tensor) -> Any:
+    return module.linear(x) * float(numpy.random.rand())
+
+
+def from_attribute(generator: Any, draw: Callable[[Any, Tensor], Any]) -> nn.Module:
+    module = Around(lambda m, x: m.linear(x) * draw(m.generator, x))
+    module.generator = generator
+    return module
+
+
+def noise(generator: torch.Generator, x: Tensor) -> Tensor:
+    return torch.rand(x.shape, generator=generator)
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"),
+    [
+        (Around(layer_drop), "draws random numbers from Python's random"),
+        (Around(old_numpy), "draws random numbers from numpy.random"),
+        (
+            from_attribute(random.Random(0), lambda g, x: g.random()),
+            "draws random numbers from its attribute 'generator'",
+        ),
+        (
+            from_attribute(numpy.random.default_rng(0), lambda g, x: g.random()),
+            "draws random numbers from its attribute 'generator'",
+        ),
+        (
+            from_attribute(numpy.random.RandomState(0), lambda g, x: g.rand()),
+            "draws random numbers from its attribute 'generator'",
+        ),
+        (from_attribute(torch.Generator(), noise), "has a torch.Generator in its attribute 'generator'"),
+        (pf.lazy(from_attribute, torch.Generator(), noise), "has a torch.Generator in its attribute 'generator'"),
+        (lambda x: x.clone().uniform_(generator=GENERATOR), "draws random numbers from a torch.Generator of its own"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_random_numbers_of_other_generators_are_refused(layer: object, where: str) -> None:
+    refuse(layer, f"{where}, which differ from layout to layout; draw them as tensors from torch's default generator")
+
+
+def test_a_generator_of_the_call_is_fine() -> None:
+    declare(lambda x: x + noise(torch.Generator().manual_seed(1), x))
 
 
 # -- what a copy would not have ----------------------------------------------------------------
