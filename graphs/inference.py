@@ -25,7 +25,7 @@ from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run, spec_of
 from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.label_means import LabelMean
 from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source, kind_of
-from pipeflow.graphs.module_check import check_module
+from pipeflow.graphs.module_check import check_copyable, check_module
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.plain_state import changed, check_generators, check_plain_state, common_generators
@@ -184,6 +184,7 @@ def _without_data(question: _Question, use: Callable[[_Question, Callable[..., A
                     module = make_module(name, source)
             return use(question, fake_copy(name, module, mode), mode)
         if isinstance(source, Instance):
+            check_copyable(name, source.module)
             return use(question, fake_copy(name, source.module, mode), mode)
         return use(question, source.function, mode)
 

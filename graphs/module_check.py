@@ -6,7 +6,7 @@ something that still belongs to the original, is refused here; by looking alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from pipeflow.errors import GraphError
-from pipeflow.graphs.plain_state import UNKEYED
+from pipeflow.graphs.plain_state import OF_EVERY_MODULE, UNKEYED
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -36,14 +36,13 @@ def check_module(name: str, module: nn.Module) -> None:
         raise GraphError(f"{who} holds TorchScript at {script!r}, {_SCRIPT}")
     if isinstance(module, torch.jit.ScriptModule):
         raise GraphError(f"{who} is TorchScript, {_SCRIPT}")
+    own = {id(held) for held in (*module.modules(), *module.parameters())}
     for local, tensor in (*module.named_parameters(), *module.named_buffers()):
         _check_tensor(who, local, tensor)
     for path, part in module.named_modules():
         for attribute, value in vars(part).items():
-            if isinstance(value, torch.Generator):
-                raise GraphError(
-                    f"{who} has a torch.Generator in its attribute {f'{path}.{attribute}'.lstrip('.')!r}, {UNKEYED}"
-                )
+            if attribute not in OF_EVERY_MODULE:
+                _check_attribute(who, f"{path}.{attribute}".lstrip("."), value, own)
         for hook in _hooks(part):
             if held := _closed_over(hook):
                 raise GraphError(
@@ -73,6 +72,58 @@ def _check_tensor(who: str, local: str, tensor: Tensor) -> None:
             f"{who}: its {local!r} has a hook, which torch does not copy with it; register a full backward hook on "
             "the module, or give Engine parameter_groups=, clip_norm= or clip_value="
         )
+
+
+def _check_attribute(who: str, path: str, value: object, own: Set[int]) -> None:
+    """Refuses what an attribute holds and torch does not know of: weights of others, generators."""
+    for held in _held(value):
+        if isinstance(held, torch.Generator):
+            raise GraphError(f"{who} has a torch.Generator in its attribute {path!r}, {UNKEYED}")
+        if id(held) in own:
+            continue
+        if isinstance(held, nn.Parameter) or (isinstance(held, nn.Module) and _has_weights(held)):
+            raise GraphError(
+                f"{who} has a {type(held).__name__} in its attribute {path!r} that is no part of it; its weights would "
+                "not be trained, nor tied to those of other layers: give a module that registers it"
+            )
+
+
+def check_copyable(name: str, module: nn.Module) -> None:
+    """Refuses a module that torch does not copy, since an attribute holds a result.
+
+    Args:
+        name: of the layer, for errors.
+        module: as it was given.
+
+    Raises:
+        GraphError: names the attribute and the remedy.
+    """
+    for path, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute in OF_EVERY_MODULE:
+                continue
+            if any(isinstance(held, Tensor) and held.grad_fn is not None for held in _held(value)):
+                raise GraphError(
+                    f"layer {name!r} ({type(module).__name__}) has a tensor in its attribute "
+                    f"{f'{path}.{attribute}'.lstrip('.')!r} that was computed from others, so the module cannot be "
+                    "copied: give pf.lazy(factory, ...); for torch.nn.utils.weight_norm there is also "
+                    "torch.nn.utils.parametrizations.weight_norm"
+                )
+
+
+def _held(value: object, depth: int = 3) -> Iterator[object]:
+    """A value, or what is in a container of values, and in containers in it."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, list | tuple | Set) or not depth:
+        yield value
+        return
+    for inner in value:
+        yield from _held(inner, depth - 1)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:

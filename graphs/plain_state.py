@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from pipeflow.errors import GraphError
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes in which torch keeps what it knows of a module."""
+
 _NOT_OF_USERS = frozenset({"builtins", "torch", "numpy", "random", "functools", "types", "collections"})
 _MOST_VALUES = 64
 """Larger containers are tables, and not looked into."""
@@ -121,7 +123,7 @@ def _places(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             continue
         classes |= dict.fromkeys(c for c in type(part).__mro__ if not c.__module__.startswith(("torch.", "builtins")))
         for name, value in vars(part).items():
-            if name not in _OF_EVERY_MODULE:
+            if name not in OF_EVERY_MODULE:
                 yield from _of_value(f"its attribute '{path}.{name}'".replace("'.", "'"), value)
         for table in (part._forward_hooks, part._forward_pre_hooks):
             for hook in table.values():

@@ -137,6 +137,18 @@ def random_backward() -> None:
     chain(NoisyGradient.apply)
 
 
+def weights_aside() -> None:
+    linear = nn.Linear(4, 4)
+    object.__setattr__(linear, "others", [nn.Linear(4, 4)])
+    chain(linear)
+
+
+def old_weight_norm() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        chain(nn.utils.weight_norm(nn.Linear(4, 4)))
+
+
 def shapes_of_the_first_call() -> None:
     chain(pf.lazy(nn.LazyLinear, 4))
 
@@ -364,6 +376,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a hook on a parameter, which no copy has": hook_on_a_parameter,
     "batch-norm within torch's own checkpoint, which shows it everything twice": checkpointed_norm,
     "random numbers drawn in backward, those of a checkpoint apart": random_backward,
+    "weights in an attribute where torch does not find them: a list of layers, a parameter in a tuple": weights_aside,
+    "modules that torch does not copy, such as those of the old `weight_norm`": old_weight_norm,
     "parameters without a shape until the first call": shapes_of_the_first_call,
     "parameters that are tensor subclasses or sparse": subclass_of_tensor,
     "sparse gradients": sparse_gradients,

@@ -321,6 +321,58 @@ def test_modules_that_are_no_part_of_the_layer_are_refused(layer: object) -> Non
     refuse(layer, "is no part of it.*a module that registers it")
 
 
+class Aside(nn.Module):
+    """Its weight is also that of another layer, which torch does not know it has."""
+
+    def __init__(self, hide: Callable[[nn.Module, nn.Linear], None], linear: nn.Linear) -> None:
+        super().__init__()
+        hide(self, linear)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize(
+    ("hide", "words"),
+    [
+        (lambda m, linear: object.__setattr__(m, "other", linear), "has a Linear in its attribute 'other'"),
+        (lambda m, linear: setattr(m, "other", [linear]), "has a Linear in its attribute 'other'"),
+        (lambda m, linear: setattr(m, "tables", {"a": ({"b": linear},)}), "has a Linear in its attribute 'tables'"),
+        (lambda m, linear: setattr(m, "weights", (linear.weight,)), "has a Parameter in its attribute 'weights'"),
+    ],
+)
+def test_weights_that_are_not_registered_are_refused(hide: Any, words: str) -> None:
+    refuse(Aside(hide, LINEAR), f"{words} that is no part of it.*nor tied.*give a module that registers it")
+    refuse(pf.lazy(nn.Sequential, pf.lazy(Aside, hide, LINEAR)), words.replace("attribute '", "attribute '0."))
+
+
+def test_registered_parts_may_be_held_elsewhere_too_and_functions_anywhere() -> None:
+    module: Any = Around(lambda m, x: m.steps["a"][0](m.table[1](x)))
+    module.table = [module.linear.weight, module.linear]
+    module.steps = {"a": [nn.ReLU()]}
+    declare(module)
+    declare(nn.LSTM(8, 8))
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Linear(8, 8))
+
+
+def test_modules_that_torch_does_not_copy_are_refused() -> None:
+    refuse(
+        nn.Sequential(old_weight_norm()), r"'0\.weight' that was computed from others.*parametrizations\.weight_norm"
+    )
+    called = Around(noting)
+    called(torch.ones(2, 8))
+    refuse(called, "'seen' that was computed from others.*give pf.lazy")
+    graph = declare(pf.lazy(old_weight_norm))
+    graph.loss("loss", torch.mean, "e")
+    pf.Reference(graph, lambda p: torch.optim.SGD(p, lr=0.1)).step({"x": torch.ones(2, 8)})
+
+
 def test_functions_may_call_layers_without_weights_and_modes() -> None:
     declare(lambda x: nn.Flatten()(nn.functional.relu(x)))
 
