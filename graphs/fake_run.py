@@ -30,7 +30,7 @@ from pipeflow.graphs.fake_backward import Backward, check_backward, is_straight,
 from pipeflow.graphs.kernels import Watch, dtype_name
 from pipeflow.graphs.label_means import LabelMean, label_means
 from pipeflow.graphs.layer import Source, kind_of
-from pipeflow.graphs.module_check import check_module
+from pipeflow.graphs.module_check import check_module, spec_of
 from pipeflow.graphs.nesting import Nest, rebuild
 from pipeflow.graphs.norms import norm_calls, refuse_synchronised
 from pipeflow.graphs.numerics import Numerics
@@ -212,10 +212,6 @@ def _expected(function: object) -> str:
         return f"{dtype}(B, ..., {', '.join(map(str, value))})"
     shapes = [f"{n} {spec_of(p)}" for n, p in function.named_parameters()][:4]
     return f"what fits its parameters {', '.join(shapes)}" if shapes else ""
-
-
-def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(tuple(int(n) for n in tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad)
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeflow.errors import GraphError, ShapeError
 from pipeflow.graphs.building import make_module
 from pipeflow.graphs.decoding import decoding_of
-from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run, spec_of
+from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run
 from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.label_means import LabelMean
 from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source, kind_of
-from pipeflow.graphs.module_check import check_copyable, check_module
+from pipeflow.graphs.module_check import check_copyable, check_module, spec_of
 from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.plain_state import changed, check_generators, check_plain_state, common_generators

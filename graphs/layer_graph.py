@@ -561,10 +561,20 @@ class LayerGraph:
         """The graph itself, if it can be a model.
 
         Raises:
-            GraphError: no layer, an input nobody reads, a loss no trainable parameter reaches.
+            GraphError: no layer, an input nobody reads, a loss no trainable parameter reaches; a module
+                has changed since it was added.
         """
         structure.check(self.name, self._inputs, list(self._layers.values()), self._specs)
+        self._check_unchanged()
         return self
+
+    def _check_unchanged(self) -> None:
+        from pipeflow.graphs.module_check import check_unchanged
+
+        for name, layer in self._layers.items():
+            if isinstance(layer.source, Instance):
+                facts = self._facts[name]
+                check_unchanged(name, layer.source.module, facts.parameters, facts.buffers)
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> int:
         """The number of samples of a batch that fits the inputs.

@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from pipeflow.errors import GraphError
+from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.plain_state import OF_EVERY_MODULE, UNKEYED
+from pipeflow.graphs.tensor_spec import TensorSpec
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
@@ -86,6 +88,43 @@ def _check_attribute(who: str, path: str, value: object, own: Set[int]) -> None:
                 f"{who} has a {type(held).__name__} in its attribute {path!r} that is no part of it; its weights would "
                 "not be trained, nor tied to those of other layers: give a module that registers it"
             )
+
+
+def check_unchanged(
+    name: str, module: nn.Module, parameters: Mapping[str, TensorSpec], buffers: Mapping[str, TensorSpec]
+) -> None:
+    """Refuses a module that is another than when its layer was added.
+
+    Args:
+        name: of the layer, for errors.
+        module: as it is now.
+        parameters, buffers: what it had, each of a tie.
+
+    Raises:
+        GraphError: names what has changed, or what it should not have.
+    """
+    who = f"layer {name!r} ({type(module).__name__})"
+    before = {**parameters, **buffers}
+    now = {name: spec_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    now |= {name: spec_of(b) for name, b in module.named_buffers(remove_duplicate=False)}
+    for local in dict.fromkeys((*before, *now)):
+        if before.get(local) != now.get(local):
+            raise GraphError(
+                f"{who} has changed since it was added: its {local!r} was {_spoken(before.get(local))} and is "
+                f"{_spoken(now.get(local))}; add the layer after the change"
+            )
+    check_module(name, module)
+    check_copyable(name, module)
+
+
+def _spoken(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "not there"
+    return f"{spec}, {'trained' if spec.requires_grad else 'frozen'}"
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(int(n) for n in tensor.shape), dtype_name(tensor.dtype), tensor.requires_grad)
 
 
 def check_copyable(name: str, module: nn.Module) -> None:

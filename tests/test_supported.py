@@ -149,6 +149,13 @@ def old_weight_norm() -> None:
         chain(nn.utils.weight_norm(nn.Linear(4, 4)))
 
 
+def frozen_after() -> None:
+    linear = nn.Linear(4, 4)
+    graph = chain(linear)
+    linear.requires_grad_(False)
+    pf.Reference(graph)
+
+
 def shapes_of_the_first_call() -> None:
     chain(pf.lazy(nn.LazyLinear, 4))
 
@@ -378,6 +385,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "random numbers drawn in backward, those of a checkpoint apart": random_backward,
     "weights in an attribute where torch does not find them: a list of layers, a parameter in a tuple": weights_aside,
     "modules that torch does not copy, such as those of the old `weight_norm`": old_weight_norm,
+    "a module that was frozen, cast or changed otherwise after it was added": frozen_after,
     "parameters without a shape until the first call": shapes_of_the_first_call,
     "parameters that are tensor subclasses or sparse": subclass_of_tensor,
     "sparse gradients": sparse_gradients,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, GraphError
+from tests.runtime.models import make_plan
 
 
 class Around(nn.Module):
@@ -371,6 +372,35 @@ def test_modules_that_torch_does_not_copy_are_refused() -> None:
     graph = declare(pf.lazy(old_weight_norm))
     graph.loss("loss", torch.mean, "e")
     pf.Reference(graph, lambda p: torch.optim.SGD(p, lr=0.1)).step({"x": torch.ones(2, 8)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: m.weight.requires_grad_(False),
+            "'weight' was float32 .8, 8., trained and is float32 .8, 8., frozen",
+        ),
+        (lambda m: m.double(), "'weight' was float32 .8, 8., trained and is float64"),
+        (lambda m: setattr(m, "bias", None), "'bias' was float32 .8,., trained and is not there"),
+        (lambda m: m.register_buffer("seen", torch.ones(2)), "'seen' was not there and is float32 .2,., frozen"),
+        (lambda m: m.weight.register_hook(lambda g: 2 * g), "'weight' has a hook"),
+        (lambda m: object.__setattr__(m, "other", LINEAR), "has a Linear in its attribute 'other'"),
+    ],
+)
+def test_modules_that_change_after_they_were_added_are_refused(change: Callable[[Any], object], words: str) -> None:
+    linear = nn.Linear(8, 8)
+    graph = declare(linear)
+    graph.loss("loss", torch.mean, "e")
+    plan = make_plan(graph, [(list(graph.layers), (0,))])
+    with torch.no_grad():
+        linear.weight.mul_(2)  # other numbers in the same place are its weights
+    pf.Reference(graph)
+    change(linear)
+    for refused in (lambda: pf.Reference(graph), lambda: pf.Engine(graph, plan)):
+        with pytest.raises(GraphError, match=words) as caught:
+            refused()
+        assert "layer 'e' (Linear)" in str(caught.value)
 
 
 def test_functions_may_call_layers_without_weights_and_modes() -> None:
