@@ -104,9 +104,10 @@ def check_unchanged(
         GraphError: names what has changed, or what it should not have.
     """
     who = f"layer {name!r} ({type(module).__name__})"
-    before = {**parameters, **buffers}
     now = {name: spec_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
     now |= {name: spec_of(b) for name, b in module.named_buffers(remove_duplicate=False)}
+    # A buffer of before may have been made in the first call, which was a copy's.
+    before = {**parameters, **{name: spec for name, spec in buffers.items() if name in now}}
     for local in dict.fromkeys((*before, *now)):
         if before.get(local) != now.get(local):
             raise GraphError(

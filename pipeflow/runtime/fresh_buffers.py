@@ -25,8 +25,8 @@ Places = Sequence[tuple[nn.Module, str]]
 
 
 def places_of(module: nn.Module, paths: Collection[str]) -> Places:
-    """Where some buffers of a module are, under all the names that they have."""
-    wanted = {id(module.get_buffer(path)) for path in paths}
+    """Where some buffers of a module are, under all the names that they have; not those yet to be made."""
+    wanted = {id(buffer) for path, buffer in module.named_buffers(remove_duplicate=False) if path in paths}
     return [
         (part, name)
         for part in module.modules()

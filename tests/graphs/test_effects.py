@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, GraphError
-from tests.runtime.models import make_plan
+from tests.runtime.models import make_plan, sgd
 
 
 class Around(nn.Module):
@@ -401,6 +401,18 @@ def test_modules_that_change_after_they_were_added_are_refused(change: Callable[
         with pytest.raises(GraphError, match=words) as caught:
             refused()
         assert "layer 'e' (Linear)" in str(caught.value)
+
+
+def making(module: Any, x: Tensor) -> Any:
+    if "table" not in module._buffers:
+        module.register_buffer("table", torch.arange(8.0), persistent=False)
+    return module.linear(x) + module.table
+
+
+def test_a_buffer_that_the_first_call_makes_is_no_change() -> None:
+    graph = declare(Around(making))
+    graph.loss("loss", torch.mean, "e")
+    pf.Reference(graph, sgd).step({"x": torch.ones(4, 8)})
 
 
 def test_functions_may_call_layers_without_weights_and_modes() -> None:
