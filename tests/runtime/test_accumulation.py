@@ -59,3 +59,14 @@ def test_a_share_that_is_none_is_refused() -> None:
     graph = forked_graph()
     with pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd) as engine, pytest.raises(EngineError, match="share=0"):
         engine.accumulate(forked_batch(4), share=0.0)
+
+
+def test_the_cut_is_part_of_the_key_of_random_numbers() -> None:
+    """As docs/layers.md says: equal cuts draw alike wherever they run, other cuts draw others."""
+    graph, batch = noisy_graph(), {"x": torch.ones(6, 8)}
+    losses = {n: pf.Reference(graph, sgd, num_microbatches=n, seed=5).step(batch).loss for n in (1, 2, 3)}
+    assert len(set(losses.values())) == 3
+    for stages in ([(["first"], (0,)), (["noise"], (1, 2)), (["second", "loss"], (0,))], [(list(graph.layers), (0,))]):
+        plan = make_plan(graph, stages, num_microbatches=3)
+        with pf.Engine(graph, plan, sgd, seed=5, num_threads=1) as engine:
+            assert engine.step(batch).loss == losses[3]
