@@ -361,6 +361,32 @@ class LayerGraph:
         return MappingProxyType(self._phases)
 
     @cached_property
+    def _obstacle_by_question(self) -> dict[tuple[str, str], str]:
+        return {}
+
+    def obstacle(self, name: str, length: str) -> str:
+        """Why a layer cannot be run a few steps of a length at a time; "" where nothing is known against it.
+
+        A layer that does not keep what it needs of earlier steps is tried on random numbers
+        (`pipeflow.graphs.stepwise`), once: that builds it, on the CPU.
+        """
+        from pipeflow.graphs.stepwise import is_known, obstacle_of
+
+        layer = self._layers[name]
+        if layer.decoding.obstacle or layer.decoding.keeps_state or is_known(layer.source):
+            return layer.decoding.obstacle
+        if (name, length) not in self._obstacle_by_question:
+            others = {other: given.trials()[0] for other, given in self.lengths.items()}
+            self._obstacle_by_question[name, length] = obstacle_of(
+                layer,
+                self.build([name])[name],
+                self._specs,
+                self.lengths[length],
+                lambda size: self.sizes_at({**others, length: size}),
+            )
+        return self._obstacle_by_question[name, length]
+
+    @cached_property
     def _narrowed_by_phase(self) -> dict[str, LayerGraph]:
         return {}
 

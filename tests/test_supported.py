@@ -24,7 +24,7 @@ from pipeflow.errors import PipeflowError
 from pipeflow.testing.graphs import RunningShift
 from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
 from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
-from tests.runtime.test_decoding import decoder
+from tests.runtime.test_decoding import Sum, decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "supported.md").read_text()
@@ -224,6 +224,14 @@ def decoding_of_what_looks_around() -> None:
     pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))])).decode(1, [result.name])
 
 
+def decoding_of_what_is_found_to_look_around() -> None:
+    graph = pf.LayerGraph("around")
+    x = graph.input("x", ("B", "time", 4))
+    look = graph.add("look", pf.lazy(Sum), graph.add("first", pf.lazy(nn.Linear, 4, 4), x))
+    graph.loss("loss", torch.mean, graph.add("sums", torch.cumsum, look, dim=1))
+    pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))])).decode(1, ["sums"])
+
+
 def decoding_without_memory() -> None:
     graph = forked_graph()
     pf.Engine(graph, make_plan(graph, THREE_STAGES)).decode(1)
@@ -398,6 +406,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "cutting a batch along what is not the batch": batch_that_cannot_be_cut,
     "joining outputs along what is not the batch": outputs_that_cannot_be_joined,
     "decoding through a layer known to look at other steps, without `decode`": decoding_of_what_looks_around,
+    "decoding through any other layer that looks at other steps: attention by a function, sums over steps, positions": (
+        decoding_of_what_is_found_to_look_around
+    ),
     "decoding where no layer looks back": decoding_without_memory,
     "going on to decode after the weights have changed": decoding_with_changed_weights,
     "a shape that depends on data": shape_depends_on_data,

@@ -18,6 +18,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from pipeflow.errors import BatchError, EngineError
+from pipeflow.graphs.layer import Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.randomness import Callables, Keyed, RandomLayer
@@ -72,24 +73,36 @@ def decoding_callables(graph: LayerGraph, replica: StageReplica) -> Callables:
 def check_decoding(graph: LayerGraph, outputs: Iterable[str], batch_size: int) -> None:
     """Refuses what would not give the outputs of whole sequences.
 
+    Every rank tries all the layers, so that all come to the same verdict and none waits for another.
+
     Raises:
-        EngineError: no layer keeps a state; one is known to look at other steps and keeps none; or
-            there is no row.
+        EngineError: no layer keeps a state; one looks at other steps and keeps none; or there is no row.
     """
     if batch_size < 1:
         raise EngineError(f"batch_size={batch_size}; a session decodes at least 1 sequence")
     layers = [graph.layers[name] for name in graph.layers if name in needed_layers(graph, outputs)]
+    steps = _length_of_steps(graph, layers)
     for layer in layers:
-        if layer.decoding.obstacle and any(graph.specs[tensor].lengths for tensor in layer.inputs):
+        lengths = frozenset().union(*(graph.specs[tensor].lengths for tensor in layer.inputs))
+        obstacle = graph.obstacle(layer.name, steps) if steps in lengths else layer.decoding.obstacle
+        if obstacle and lengths:
             raise EngineError(
-                f"layer {layer.name!r} ({layer.kind}) cannot decode step by step: {layer.decoding.obstacle}; give the "
-                "layer a method decode(state, *inputs) that returns (result, new state), with state None at first"
+                f"layer {layer.name!r} ({layer.kind}) cannot decode step by step: {obstacle}; give the layer a method "
+                "decode(state, *inputs) that returns (result, new state), with state None at first"
             )
     if not any(layer.decoding.keeps_state for layer in layers):
         raise EngineError(
             f"no layer of graph {graph.name!r} that the outputs depend on has a method decode(state, *inputs), so "
             "nothing would be remembered between steps; use predict, or give one to the layers that look back"
         )
+
+
+def _length_of_steps(graph: LayerGraph, layers: Iterable[Layer]) -> str:
+    """The length that all layers that keep a state read; "" where that is none or several, and nobody can tell."""
+    stateful = [layer for layer in layers if layer.decoding.keeps_state]
+    read = [frozenset().union(*(graph.specs[t].lengths for t in layer.inputs)) for layer in stateful]
+    common = frozenset.intersection(*read) & graph.lengths.keys() if read else frozenset[str]()
+    return next(iter(common)) if len(common) == 1 else ""
 
 
 class DecodeSession(AbstractContextManager["DecodeSession"]):

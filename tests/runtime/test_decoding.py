@@ -299,3 +299,141 @@ def test_a_decode_that_gives_no_pair_fails_with_its_layer() -> None:
         ):
             session.step({"x": torch.zeros(2, 3, 4)})
         assert caught.value.layer == "middle"
+
+
+# -- layers that look around without saying so -------------------------------------------------
+
+
+def beside(layer: object) -> pf.LayerGraph:
+    """A layer after one that keeps a state, in a sequence of features (B, time, 4)."""
+    graph = pf.LayerGraph("beside")
+    x = graph.input("x", ("B", "time", 4))
+    hidden = graph.add("sum", pf.lazy(Sum), graph.add("first", pf.lazy(nn.Linear, 4, 4), x))
+    graph.loss("loss", mean_square, graph.add("last", pf.lazy(nn.Linear, 4, 4), graph.add("middle", layer, hidden)))
+    return graph
+
+
+class Sum(nn.Module):
+    """The sum of all steps so far."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(None, x)[0]
+
+    def decode(self, state: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        sums = x.cumsum(1) + (0 if state is None else state)
+        return sums, sums[:, -1:]
+
+
+class Table(nn.Module):
+    """Adds a row for each position, all of zeros at first."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(64, 4, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.rows[: x.shape[1]].to(x.dtype)
+
+
+def attended(x: Tensor) -> Tensor:
+    return x + nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return nn.functional.avg_pool1d(x.transpose(1, 2), 3, stride=1, padding=1).transpose(1, 2)
+
+
+def delayed(x: Tensor) -> Tensor:
+    """Four steps later."""
+    return nn.functional.pad(x, (0, 0, 4, 0))[:, : x.shape[1]]
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean((0, 1), keepdim=True)
+
+
+LOOK_AROUND: list[Any] = [
+    attended,
+    pooled,
+    delayed,
+    centred,
+    lambda x: x.cumsum(1),
+    lambda x: x.flip(1),
+    lambda x: x.softmax(1),
+    nn.Softmax(1),
+    pf.lazy(Table),
+    Table(torch.bfloat16),
+    lambda x: x.flatten(0, 1).cumsum(0).unflatten(0, (-1, x.shape[1])),
+]
+AT_ONE_STEP: list[Any] = [
+    nn.LayerNorm(4),
+    nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 4)),
+    lambda x: x.softmax(-1),
+    lambda x: x * x.mean(-1, keepdim=True).sigmoid(),
+    lambda x: nn.functional.dropout(x, 0.5, training=True),
+    lambda x: x.flatten(0, 1).tanh().unflatten(0, (-1, x.shape[1])),
+]
+
+
+@pytest.mark.parametrize("layer", LOOK_AROUND, ids=lambda f: getattr(f, "__name__", type(f).__name__))
+def test_layers_that_look_at_other_steps_are_found_by_trying(layer: object) -> None:
+    graph = beside(layer)
+    for trainer in (pf.Engine(graph, make_plan(graph, [(list(graph.layers), (0,))])), pf.Reference(graph)):
+        with pytest.raises(
+            EngineError, match=r"layer 'middle' .* cannot decode step by step: .*give the layer a method"
+        ):
+            trainer.decode(2, ["last"])
+
+
+@pytest.mark.parametrize("layer", AT_ONE_STEP, ids=lambda f: getattr(f, "__name__", type(f).__name__))
+def test_layers_that_look_at_one_step_decode(layer: object) -> None:
+    graph = beside(layer)
+    with pf.Reference(graph).decode(2, ["last"]) as session:
+        session.step({"x": torch.ones(2, 3, 4)})
+
+
+def test_layers_that_fold_steps_into_the_batch_or_give_several_for_one_decode() -> None:
+    graph = pf.LayerGraph("folded")
+    x = graph.input("x", ("B", "time", 4))
+    rows = graph.add("rows", torch.flatten, graph.add("sum", pf.lazy(Sum), x), start_dim=0, end_dim=1)
+    graph.add("head", pf.lazy(nn.Linear, 4, 2), rows)
+    graph.add("twice", torch.repeat_interleave, "sum", repeats=2, dim=1)
+    graph.add("joined", lambda y: torch.cat([y, y], 1), "sum")
+    graph.add("longer", lambda y: nn.functional.pad(y, (0, 0, 1, 0)), "sum")
+    graph.loss("loss", mean_square, "head")
+    for output in ("head", "twice"):
+        assert graph.obstacle("rows", "time") == graph.obstacle("twice", "time") == ""
+        pf.Reference(graph).decode(2, [output])
+    for output, words in (("joined", "for some steps by themselves"), ("longer", "no number of steps for each step")):
+        with pytest.raises(EngineError, match=words):
+            pf.Reference(graph).decode(2, [output])
+
+
+def test_what_reads_a_length_that_is_given_whole_each_time_may_look_around() -> None:
+    """Steps are taken along the length that the layers with a state read."""
+    graph = pf.LayerGraph("two lengths")
+    x, source = graph.input("x", ("B", "time", 4)), graph.input("source", ("B", "others", 4))
+    summed = graph.add("sum", pf.lazy(Sum), x)
+    seen = graph.add("encode", attended, source)
+    graph.add("cross", lambda q, k: nn.functional.scaled_dot_product_attention(q, k, k), summed, seen)
+    graph.loss("loss", mean_square, graph.add("last", pf.lazy(nn.Linear, 4, 4), "cross"))
+    reference, batch = pf.Reference(graph), {"x": torch.randn(2, 3, 4), "source": torch.randn(2, 5, 4)}
+    with reference.decode(2, ["last"]) as session:
+        steps = [session.step({**batch, "x": batch["x"][:, i : i + 1]})["last"] for i in range(3)]
+    torch.testing.assert_close(torch.cat(steps, 1), reference.predict(batch, ["last"])["last"])
+
+
+def refusing_ranks(rank: int) -> str:
+    graph = beside(attended)
+    plan = make_plan(graph, [(["first", "sum"], (0,)), (["middle"], (1,)), (["last", "loss"], (2,))])
+    with pf.Engine(graph, plan) as engine:
+        try:
+            engine.decode(2, ["last"])
+        except EngineError as error:
+            return str(error)
+    return "none"
+
+
+def test_all_processes_refuse_alike() -> None:
+    for result in run_ranks(refusing_ranks, 3):
+        assert "layer 'middle' (attended) cannot decode step by step" in result.value, result.trace
