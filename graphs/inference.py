@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import BuiltinFunctionType, EllipsisType, FunctionType, MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +23,12 @@ from pipeflow.graphs.decoding import decoding_of
 from pipeflow.graphs.fake_run import Run, fake_copy, quiet, run
 from pipeflow.graphs.kernels import dtype_name
 from pipeflow.graphs.label_means import LabelMean
-from pipeflow.graphs.layer import Decoding, Function, Instance, Lazy, Source, kind_of
+from pipeflow.graphs.layer import Decoding, Instance, Lazy, Source, kind_of
 from pipeflow.graphs.module_check import check_copyable, check_module, spec_of
-from pipeflow.graphs.nesting import Branch, Constant, Leaf, Nest, alike, form_of
+from pipeflow.graphs.nesting import Nest, alike, form_of
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.graphs.plain_state import changed, check_generators, check_plain_state, common_generators
+from pipeflow.graphs.question_key import NoKey, key_of
 from pipeflow.graphs.randomness import isolated
 from pipeflow.graphs.tensor_spec import TensorSpec, list_specs
 from pipeflow.graphs.trials import FIXED_LENGTHS, Trial, fit
@@ -98,9 +98,9 @@ def infer(
     """
     default = torch.get_default_dtype()
     try:
-        key = (default, numerics, tuple(inputs), tuple(trials), _key(source), _key(arguments))
+        key = (default, numerics, tuple(inputs), tuple(trials), key_of(source), key_of(arguments))
         return _answer(_Question(key, name, source, tuple(inputs), arguments, tuple(trials), numerics))
-    except _NoKey:
+    except NoKey:
         return _answer_anew(_Question((), name, source, tuple(inputs), arguments, tuple(trials), numerics))
 
 
@@ -114,44 +114,6 @@ def run_shapes(
     """
     question = _Question((), name, source, tuple(inputs), arguments, (trial,))
     return _without_data(question, _shapes)
-
-
-class _NoKey(Exception):
-    """Something whose answer may change, so it is asked anew each time."""
-
-
-def _key(value: object) -> object:
-    """Equal for what must have equal answers: recipes and functions by identity, constants by value.
-
-    Raises:
-        _NoKey: a module, a closure, or anything else that may change.
-    """
-    match value:
-        case Lazy(factory, args, kwargs):
-            named = tuple((k, _key(v)) for k, v in sorted(kwargs.items()))
-            return (_key(factory), tuple(_key(v) for v in args), named)
-        case Function(function):
-            return _key(function)
-        case Leaf(position):
-            return (Leaf, position)
-        case Constant(constant):
-            return (Constant, _key(constant))
-        case Branch(kind, keys, items):
-            return (kind, *map(_key, keys), *map(_key, items))
-        case list() | tuple():
-            return (type(value), *map(_key, value))
-        case Mapping() if type(value) in (dict, MappingProxyType):
-            return (dict, *((_key(k), _key(v)) for k, v in value.items()))
-        case slice(start=start, stop=stop, step=step):
-            return (slice, _key(start), _key(stop), _key(step))
-        case type() | BuiltinFunctionType() | torch.dtype():
-            return value
-        case FunctionType() if value.__closure__ is None or value.__module__.startswith("torch."):
-            return value
-        case None | EllipsisType() | bool() | int() | float() | str():
-            return (type(value), value)  # 1, 1.0 and True are equal, but not alike
-        case _:
-            raise _NoKey
 
 
 @dataclass(frozen=True, slots=True)
