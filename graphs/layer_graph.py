@@ -570,9 +570,9 @@ class LayerGraph:
     def may_lack_gradients(self) -> bool:
         """Whether backward may give no gradient for a tensor that needs one.
 
-        A loss that is a mean over counts has no backward on a micro-batch that counts nothing.
+        A loss that is a mean over counts or labels has no backward on a micro-batch that counts nothing.
         """
-        return any(layer.count is not None for layer in self._layers.values())
+        return any(layer.counted is not None for layer in self._layers.values())
 
     @cached_property
     def digest(self) -> str:

@@ -18,6 +18,7 @@ from pipeflow.runtime.job import Job
 from pipeflow.runtime.losses import class_weights
 from pipeflow.runtime.microbatch import BatchReader
 from pipeflow.runtime.offload import HostStore
+from pipeflow.runtime.prepared import lockstep_stages
 from pipeflow.runtime.randomness import take_turns_in_backward
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.recompute import fuse_runs
@@ -109,8 +110,15 @@ class LocalRanks:
                 required,
                 self._setup.plan.num_microbatches,
                 class_weights(self._setup.graph, modules),
+                all_count=job.work != "infer" and self._waits,
             )
         return self._executors[job]
+
+    @property
+    def _waits(self) -> bool:
+        """Whether replicas wait for each other in backward."""
+        setup = self._setup
+        return setup.batch_norm == "synchronised" and bool(lockstep_stages(setup.graph, setup.plan))
 
     def reader(self, job: Job) -> BatchReader:
         """What reads the batches of a job."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeflow.errors import BatchError, ShapeError
 from pipeflow.graphs.batch import Extent, measure_batch
-from pipeflow.graphs.layer import Labels
+from pipeflow.graphs.layer import Labels, Layer
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
 from pipeflow.runtime.losses import loss_factors
@@ -65,6 +65,8 @@ class BatchReader:
         inputs: those that must be there, with data: what this process reads.
         num_microbatches: into how many a batch is cut, and the most that may be given.
         class_weights: what each class counts, for the losses here that count labels by it.
+        all_count: whether a micro-batch of samples that count nothing is refused: it has no backward, for
+            which replicas with synchronised norms would wait.
     """
 
     def __init__(
@@ -74,7 +76,10 @@ class BatchReader:
         inputs: frozenset[str],
         num_microbatches: int,
         class_weights: Mapping[str, Tensor] | None = None,
+        *,
+        all_count: bool = False,
     ) -> None:
+        self._all_count = all_count
         self._graph = graph
         self._inputs = inputs
         self._num_microbatches = num_microbatches
@@ -90,7 +95,7 @@ class BatchReader:
 
         Raises:
             BatchError: the batch does not fit; does not tell a size; has too many micro-batches, or no
-                samples; cannot be cut; or its counts make no mean.
+                samples; cannot be cut; or its counts make no mean, or none of a micro-batch where each must.
         """
         signature = _signature(batch)
         if signature is None or signature != self._signature:
@@ -104,7 +109,18 @@ class BatchReader:
             weights = self._class_weights.get(loss.name)
             if loss.labels is None or self._differ(loss.labels, microbatches, weights):
                 factors[loss.name] = loss_factors(loss, self._cut.sizes, microbatches.parts(name), weights)
+                if self._all_count:
+                    self._check_all_count(loss, name, factors[loss.name])
         return MicroBatches(self._cut, batch, factors)
+
+    def _check_all_count(self, loss: Layer, counts: str, factors: Sequence[float]) -> None:
+        for m, (size, factor) in enumerate(zip(self._cut.sizes, factors, strict=True)):
+            if size and not factor:
+                raise BatchError(
+                    f"micro-batch {m} counts nothing in loss {loss.name!r}, by {counts!r}, and so has no backward, for "
+                    "which replicas with synchronised norms would wait; give each something that counts, or pass "
+                    "batch_norm='deferred'"
+                )
 
     @staticmethod
     def _differ(labels: Labels, microbatches: MicroBatches, class_weights: Tensor | None) -> bool:

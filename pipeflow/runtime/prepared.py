@@ -46,18 +46,17 @@ def prepare(graph: LayerGraph, plan: Plan, *, synchronised: bool = False) -> Map
     """
     graph.check()
     check_match(graph, plan)
-    normed = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if synchronised and layer.norm_calls}
-    lockstep = {index for index in normed if plan.stages[index].num_replicas > 1}
-    if lockstep and graph.may_lack_gradients:
-        counted = next(layer.name for layer in graph.layers.values() if layer.count is not None)
-        raise PlanError(
-            f"batch_norm='synchronised' with loss {counted!r}, a mean over counts: a micro-batch that counts nothing "
-            "has no backward, for which other replicas would wait; pass 'deferred', or give such stages one replica"
-        )
+    lockstep = lockstep_stages(graph, plan) if synchronised else frozenset()
     whole = _prepare(graph, plan, lockstep)
     _check_steps(graph, plan, whole.programs[Mode.TRAIN])
     phases = {name: _prepare(graph.in_phase(name), plan.in_phase(name), lockstep) for name in graph.phases}
     return {None: whole} | phases
+
+
+def lockstep_stages(graph: LayerGraph, plan: Plan) -> frozenset[int]:
+    """The stages whose replicas wait for each other if their norms are synchronised."""
+    normed = {plan.stage_by_layer[name] for name, layer in graph.layers.items() if layer.norm_calls}
+    return frozenset(index for index in normed if plan.stages[index].num_replicas > 1)
 
 
 def in_types(prepared: Mapping[str | None, Prepared], numerics: Numerics) -> Mapping[str | None, Prepared]:

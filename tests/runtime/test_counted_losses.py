@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import BatchError, GraphError, LayerFailure, PlanError
+from pipeflow.errors import BatchError, GraphError, LayerFailure
 from pipeflow.testing import check_layout_invariance, run_ranks
 from pipeflow.testing.graphs import sample_batch
 from tests.runtime.models import make_plan, sgd
@@ -127,14 +127,19 @@ def test_a_micro_batch_that_counts_nothing_sends_no_gradient_over_processes() ->
         assert result.error is None, result.trace
 
 
-def test_counted_losses_and_synchronised_norms_are_refused_together() -> None:
+def test_micro_batches_that_count_nothing_are_refused_where_replicas_would_wait_for_them() -> None:
     graph = pf.LayerGraph("both")
     x, mask = graph.input("x", ("B", 4)), graph.input("mask", ("B",))
     graph.loss("loss", weighted_square, graph.add("norm", pf.lazy(nn.BatchNorm1d, 4), x), mask, count=mask)
+    batch, bad = rooted_batch(torch.float32, 8, 8), rooted_batch(torch.float32, 8, 3)
     plan = make_plan(graph, [(["norm", "loss"], (0, 1))])
-    with pytest.raises(PlanError, match="'synchronised' with loss 'loss', a mean over counts"):
-        pf.Engine(graph, plan, sgd, batch_norm="synchronised")
-    pf.Engine(graph, make_plan(graph, [(["norm", "loss"], (0,))]), sgd, batch_norm="synchronised").close()
+    with pf.Engine(graph, plan, sgd, batch_norm="synchronised") as engine:
+        with pytest.raises(BatchError, match="micro-batch 2 counts nothing in loss 'loss', by 'mask'"):
+            engine.step(bad)
+        engine.step(batch)
+        engine.evaluate(bad)
+    with pf.Engine(graph, make_plan(graph, [(["norm", "loss"], (0,))]), sgd, batch_norm="synchronised") as engine:
+        engine.step(bad)
 
 
 def test_predicting_needs_no_counts() -> None:
