@@ -25,11 +25,14 @@ class Backward:
     Attributes:
         strided_gradients: positions of inputs whose gradients are not contiguous though those of the
             outputs are. All that could have one, where backward does not run without data.
+        withholds: whether it gave no gradient for an input that needs one; or may, where it does not run
+            without data.
         draws: whether it drew random numbers, other than again those of forward.
         mutated: names of buffers that it changed.
     """
 
     strided_gradients: frozenset[int] = frozenset()
+    withholds: bool = False
     draws: bool = False
     mutated: tuple[str, ...] = ()
 
@@ -57,9 +60,10 @@ def run_backward(
     thorough = by_hooks or _calls_back(roots)
     if not roots or not (learned or thorough):
         return Backward()
+    given: set[int] = set()
     strided: set[int] = set()
     for i in learned:
-        inputs[i].register_hook(_noting(i, strided))  # type: ignore[no-untyped-call]
+        inputs[i].register_hook(_noting(i, given, strided))  # type: ignore[no-untyped-call]
     before = {name: buffer._version for name, buffer in module.named_buffers()}
     # What forward drew, checkpoints draw again, from generators as they were seeded before.
     seed = torch.default_generator.initial_seed() + 1
@@ -76,11 +80,14 @@ def run_backward(
     module.zero_grad()
     updated = {id(t) for t in watch.updated}
     mutated = (n for n, b in module.named_buffers() if b._version != before.get(n) or id(b) in updated)
-    return Backward(frozenset(strided), seed in watch.seeds, tuple(mutated))
+    return Backward(frozenset(strided), given != set(learned), seed in watch.seeds, tuple(mutated))
 
 
-def _noting(position: int, strided: set[int]) -> Callable[[Tensor], None]:
-    def note(gradient: Tensor) -> None:
+def _noting(position: int, given: set[int], strided: set[int]) -> Callable[[Tensor | None], None]:
+    def note(gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        given.add(position)
         if not is_straight(gradient):
             strided.add(position)
 

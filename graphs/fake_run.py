@@ -48,6 +48,7 @@ class Run:
     norm_calls: tuple[str, ...]
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
+    withholds: bool
     kept: Mapping[str, torch.Tensor]
     label_means: tuple[LabelMean, ...]
     plain_state: tuple[Mapping[str, object], Mapping[str, object]]
@@ -133,6 +134,7 @@ def run(
         # One tensor given twice would have its gradients added in the order of no layout in particular.
         strided_outputs=frozenset(i for i, t in enumerate(outputs) if not is_straight(t)) | again,
         strided_gradients=backward.strided_gradients,
+        withholds=backward.withholds,
         kept=kept,
         label_means=label_means(watch.label_means, function, tensors, outputs),
         plain_state=(plain, plain_state(function)),

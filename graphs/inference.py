@@ -50,6 +50,7 @@ class Inferred:
         decoding: how it runs a few steps of a sequence at a time.
         strided_outputs: positions of outputs that are not contiguous.
         strided_gradients: positions of inputs whose gradients are not contiguous.
+        withholds: whether backward may give no gradient for an input that needs one.
         parameters: spec of each parameter by its name in the module; each of a tie.
         buffers: the same for buffers.
         persistent: names of the buffers that belong to the state dict.
@@ -65,6 +66,7 @@ class Inferred:
     decoding: Decoding
     strided_outputs: frozenset[int]
     strided_gradients: frozenset[int]
+    withholds: bool
     parameters: Mapping[str, TensorSpec]
     buffers: Mapping[str, TensorSpec]
     persistent: frozenset[str]
@@ -203,6 +205,7 @@ def _infer(question: _Question, function: Callable[..., Any], mode: FakeTensorMo
         decoding=decoding_of(function),
         strided_outputs=frozenset().union(*(r.strided_outputs for r in runs)),
         strided_gradients=frozenset().union(*(r.strided_gradients for r in runs)),
+        withholds=any(r.withholds for r in training),
         parameters={n: spec_of(p) for n, p in parameters.items()},
         buffers={n: spec_of(b) for n, b in buffers.items()},
         persistent=frozenset(buffers) & frozenset(module.state_dict(keep_vars=True)),

@@ -114,6 +114,7 @@ class Layer:
         norm_calls: paths of torch's norms with running statistics that it calls, in order (`norms`).
         strided_outputs: positions of outputs that it gives as views which are not contiguous.
         strided_gradients: positions of inputs whose gradients it gives as such.
+        withholds: whether backward may give no gradient for an input that needs one.
         decoding: how it runs a few steps of a sequence at a time (`decoding`).
         has_backward: whether training's backward passes through it.
     """
@@ -135,6 +136,7 @@ class Layer:
     norm_calls: tuple[str, ...] = ()
     strided_outputs: frozenset[int] = frozenset()
     strided_gradients: frozenset[int] = frozenset()
+    withholds: bool = False
     has_backward: bool = False
     decoding: Decoding = Decoding()
     arguments: Nest | None = None

@@ -271,6 +271,7 @@ class LayerGraph:
             decoding=facts.decoding,
             strided_outputs=facts.strided_outputs,
             strided_gradients=facts.strided_gradients,
+            withholds=facts.withholds,
             results=None if calling.is_plain_result(facts.results) else facts.results,
         )
         specs = self._lengths.name_sizes(self._layers[name], given, facts.outputs)
@@ -570,9 +571,10 @@ class LayerGraph:
     def may_lack_gradients(self) -> bool:
         """Whether backward may give no gradient for a tensor that needs one.
 
-        A loss that is a mean over counts or labels has no backward on a micro-batch that counts nothing.
+        A loss that is a mean over counts or labels has no backward on a micro-batch that counts nothing,
+        and functions of one's own give what gradients they like.
         """
-        return any(layer.counted is not None for layer in self._layers.values())
+        return any(layer.counted is not None or layer.withholds for layer in self._layers.values())
 
     @cached_property
     def digest(self) -> str:

@@ -185,6 +185,26 @@ def gradient_is_a_view() -> pf.LayerGraph:
     return finish(graph, graph.add("narrow", pf.lazy(nn.Linear, WIDTH + 5, WIDTH, dtype=torch.float64), joined))
 
 
+class NoGradient(torch.autograd.Function):
+    """Gives its value and takes no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def gradient_that_is_not_given() -> pf.LayerGraph:
+    """What is before has none then, on one device: not one of zeros, by which weights would decay."""
+    graph, h = start("none")
+    other = graph.add("side", linear(), h)
+    stopped = graph.add("stop", NoGradient.apply, graph.add("alone", linear(), h))
+    return finish(graph, graph.add("join", torch.add, other, graph.add("after", linear(), stopped)))
+
+
 CASES: list[Callable[[], pf.LayerGraph]] = [
     constant_crosses_a_boundary,
     parameter_alias,
@@ -201,6 +221,7 @@ CASES: list[Callable[[], pf.LayerGraph]] = [
     nobody_reads_an_output,
     read_twice_by_one_layer,
     gradient_is_a_view,
+    gradient_that_is_not_given,
 ]
 SIZES = [(10,), (8, 4, 12), (3, 1)]
 
