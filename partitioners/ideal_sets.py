@@ -1,12 +1,13 @@
 """Which ideals to cut a graph at where a programme over pairs of ideals is to stay affordable.
 
 All of them where there are few; otherwise those that the widest source leads through, each with all
-that it needs and nothing else, and the prefixes of some orders. It knows no costs.
+that it needs and nothing else, and the prefixes of some orders; then those near the cuts of the best
+partition known. It knows no costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -55,6 +56,33 @@ def sets_of_ideals(problem: PartitionProblem, most: int, work: int) -> Iterator[
         for atom in order:
             masks.append(masks[-1] | 1 << atom)
         yield IdealSet(masks, is_all=False)
+
+
+def ideals_near(problem: PartitionProblem, cuts: Sequence[int], most: int) -> list[int]:
+    """The ideals that differ from one of `cuts` by the fewest atoms, as many for each; `most` about.
+
+    Args:
+        problem: all of whose atoms are bound.
+        cuts: ideals, the empty and the whole one among them.
+    """
+    atoms = problem.atoms
+    before = [sum(1 << a for a in group) for group in atoms.predecessors]
+    after = [sum(1 << a for a in group) for group in atoms.successors]
+    found = set(cuts)
+    for cut in cuts:
+        near = [cut]
+        seen = {cut}
+        for mask in near:
+            if len(near) >= most // len(cuts):
+                break
+            for atom in range(atoms.count):
+                other = mask ^ 1 << atom
+                is_ideal = not (after[atom] & mask if mask >> atom & 1 else before[atom] & ~mask)
+                if is_ideal and other not in seen:
+                    seen.add(other)
+                    near.append(other)
+        found.update(near)
+    return sorted(found)
 
 
 def _through_widest_source(problem: PartitionProblem, most: int) -> list[int] | None:

@@ -25,7 +25,7 @@ from pipeflow.partitioners.bounds import work_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.feasibility import require_feasible
-from pipeflow.partitioners.ideal_sets import sets_of_ideals
+from pipeflow.partitioners.ideal_sets import ideals_near, sets_of_ideals
 from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.nesting import NestedLevel, nested_levels
 from pipeflow.partitioners.objective import compute_seconds, reduction_volume
@@ -35,6 +35,9 @@ from pipeflow.partitioners.problem import PartitionProblem
 
 _MOST_IDEALS = 400
 """With more, only some are taken."""
+
+_ROUNDS = 12
+"""Times that the ideals near the best partition known are looked at."""
 
 _WORK = 4e9
 """Steps of the recurrence that are worth their time, over all sets of ideals that are tried."""
@@ -55,6 +58,13 @@ def nested(problem: PartitionProblem) -> Partition:
     sets = list(sets_of_ideals(problem, _MOST_IDEALS, int(_WORK / combinations)))
     best = min((_Programme(problem, masks) for masks, _ in sets), key=lambda programme: programme.seconds)
     bound = best.seconds * _EXACT if sets[0].is_all else _bound(problem)
+    for _ in range(_ROUNDS):
+        if best.seconds * _EXACT <= bound:
+            break
+        nearer = _Programme(problem, ideals_near(problem, best.cuts(), _MOST_IDEALS))
+        if nearer.seconds >= best.seconds * _EXACT:
+            break
+        best = nearer
     return certified(problem, stages_of(problem, best.cut()), partitioner="nested", lower_bound=bound)
 
 
@@ -188,6 +198,11 @@ class _Programme:
     def seconds(self) -> float:
         """The objective of the best nested cut."""
         return float(self._tables[-1][1][-1][0, -1])
+
+    def cuts(self) -> list[int]:
+        """The ideals between which the stages of the best are."""
+        rows = {row for start, end, _ in self._trace(len(self.levels) - 1, 0, self.size - 1) for row in (start, end)}
+        return [self.lattice.sorted_masks[row] for row in sorted(rows)]
 
     def cut(self) -> list[tuple[list[int], tuple[int, ...]]]:
         """(atoms, devices) of each stage of the best."""

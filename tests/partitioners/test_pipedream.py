@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.judges import pipedream_best, pipedream_seconds
 from pipeflow.errors import Infeasible, PlanError
-from pipeflow.graphs.costs import GraphCosts, LayerCosts
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
 from pipeflow.partitioners.objective import objective
@@ -122,6 +124,21 @@ def test_a_stage_inside_two_machines_is_replicated_over_both() -> None:
     assert objective(problem, stages) == pytest.approx((3 + 4) / 2)
     # better: a machine each, a on both devices of its own
     assert PARTITIONERS["nested"](problem).certificate.objective == pytest.approx(1.5)
+
+
+def test_with_too_many_ideals_those_near_the_best_cuts_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, layers = random.Random(0), []
+    for index in range(27):  # three chains: 10 ** 3 ideals
+        inputs = (f"n{index - 3}",) if index >= 3 else ()
+        output = TensorCosts(name=f"n{index}", bytes=0)
+        layers.append(
+            LayerCosts(name=f"n{index}", inputs=inputs, outputs=(output,), forward_seconds=draw.uniform(1, 30))
+        )
+    problem = replace(nested_problem(two_levels()), costs=GraphCosts(layers=tuple(layers)), max_replicas=1)
+    found = PARTITIONERS["nested"](problem).certificate
+    monkeypatch.setattr("pipeflow.partitioners.nested._ROUNDS", 0)
+    assert found.objective < PARTITIONERS["nested"](problem).certificate.objective * 0.999
+    assert found.gap < 0.01
 
 
 @pytest.mark.parametrize(
