@@ -226,9 +226,8 @@ class PartitionProblem:
     @property
     def device_limit(self) -> int:
         """No partition can use more devices."""
-        if self.replicas is not None:
-            return min(sum(self.replicas), self.cluster.num_devices)
-        return min(self.cluster.num_devices, self.stage_limit * self.replica_limit)
+        num_replicas = sum(self.replicas) if self.replicas is not None else self.stage_limit * self.replica_limit
+        return min(self.cluster.num_devices, num_replicas * self.costs.largest_degree)
 
     @cached_property
     def atoms(self) -> Atoms:

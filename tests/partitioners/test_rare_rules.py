@@ -1,0 +1,109 @@
+"""Problems that few partitioners take: unordered layers, variants, nested levels, several chunks, hardly any memory.
+
+The oracle is every partition, one by one (`pipeflow.testing.every_partition`), which shares no search with any row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from pipeflow.errors import Infeasible
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts, Variant
+from pipeflow.partitioners import PARTITIONERS
+from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.pins import Pins
+from pipeflow.partitioners.problem import PartitionProblem, one_version
+from pipeflow.testing.drawn_problems import clusters, costs, problems
+from pipeflow.testing.every_partition import least_objective
+from pipeflow.testing.partitioners import check_partitioner
+
+GRAPHS = costs(min_layers=2, max_layers=4)
+CLUSTERS = clusters(max_devices=3)
+ROUNDING = 1e-9
+
+
+def for_variants(problem: PartitionProblem) -> PartitionProblem:
+    """The problem without what `variants` refuses."""
+    device = problem.cluster.devices[0].model_copy(update={"speed_by_kind": {}})
+    return replace(
+        problem,
+        cluster=Cluster.uniform(problem.cluster.num_devices, device, bandwidth=problem.cluster.levels[-1].bandwidth),
+        transfers="free" if problem.transfers == "free" else "added",
+        num_stages=None,
+        max_stages=None,
+        replicas=None,
+        pins=Pins(),
+        weight_versions=one_version,
+        holds_received=False,
+    )
+
+
+def test_devices_that_share_a_layer_count_beside_replicas() -> None:
+    """Two stages of one replica, one of them on two devices: three devices, which max_replicas=1 does not forbid."""
+    layers = (
+        LayerCosts(name="a", outputs=(TensorCosts(name="a"),), forward_seconds=1.0),
+        LayerCosts(name="b", inputs=("a",), variants=(Variant(name="keep", degree=2, seconds=1.0),)),
+    )
+    problem = PartitionProblem(
+        costs=GraphCosts(layers=layers), cluster=Cluster.uniform(3), max_replicas=1, holds_received=False
+    )
+    found = PARTITIONERS["variants"](problem)
+    assert [(stage.layers, stage.degree) for stage in found.stages] == [(("a",), 1), (("b",), 2)]
+    assert found.certificate.objective == 1.0
+
+
+@pytest.mark.parametrize(("ratio", "memory"), [(2.0, 8192), (1.5, 7168)])
+def test_a_layer_without_variants_holds_no_more_than_its_parameters_and_state(ratio: float, memory: int) -> None:
+    """To the byte: two layers of 1024 bytes of parameters with as many of gradients and state on one device."""
+    layers = (
+        LayerCosts(name="a", outputs=(TensorCosts(name="a"),), forward_seconds=1.0, parameter_bytes=1024),
+        LayerCosts(name="b", inputs=("a",), forward_seconds=1.0, parameter_bytes=1024),
+        LayerCosts(name="c", variants=(Variant(name="keep", seconds=1.0),)),
+    )
+    problem = PartitionProblem(
+        costs=GraphCosts(layers=layers),
+        cluster=Cluster.uniform(1, memory_bytes=memory),
+        optimizer_ratio=ratio,
+        holds_received=False,
+    )
+    assert PARTITIONERS["variants"](problem).certificate.objective == 3.0
+    with pytest.raises(Infeasible):
+        PARTITIONERS["variants"](replace(problem, cluster=Cluster.uniform(1, memory_bytes=memory - 1)))
+
+
+@given(problem=problems(graphs=GRAPHS, cluster=CLUSTERS, variants=True, together=True))
+@settings(max_examples=40)
+def test_ways_to_run_layers(problem: PartitionProblem) -> None:
+    check_partitioner(PARTITIONERS["variants"], for_variants(problem))
+
+
+@given(problem=problems(graphs=GRAPHS, cluster=CLUSTERS, variants=True, tight=True))
+@settings(max_examples=60)
+def test_ways_to_run_layers_where_memory_hardly_suffices(problem: PartitionProblem) -> None:
+    """Nothing that fits is called infeasible, and no bound is above what fits."""
+    problem = for_variants(problem)
+    least = least_objective(problem)
+    try:
+        found = PARTITIONERS["variants"](problem).certificate
+    except Infeasible:
+        assert least is None
+        return
+    assert least is not None
+    assert found.lower_bound <= least * (1 + ROUNDING)
+    assert found.objective >= least * (1 - ROUNDING)
+
+
+@given(problem=problems(graphs=GRAPHS, nested=True, together=True))
+@settings(max_examples=40)
+def test_levels_one_inside_the_other(problem: PartitionProblem) -> None:
+    check_partitioner(PARTITIONERS["nested"], problem, exact=True)
+
+
+def test_degrees_that_no_cut_has_are_named() -> None:
+    layers = (LayerCosts(name="a"), LayerCosts(name="b", variants=(Variant(name="keep", degree=2),)))
+    problem = PartitionProblem(costs=GraphCosts(layers=layers), cluster=Cluster.uniform(2), holds_received=False)
+    with pytest.raises(Infeasible, match="stages of like degrees fits 2 devices"):
+        PARTITIONERS["variants"](problem)
