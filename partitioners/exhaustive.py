@@ -19,7 +19,7 @@ from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
 from pipeflow.partitioners.objective import compute_seconds, objective
-from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.partition import Partition, Stage, num_turns
 from pipeflow.partitioners.problem import PartitionProblem, Position
 
 MOST_ATOMS = 16
@@ -153,6 +153,8 @@ class _Search:
         return problem.share(r) * both < self.best * _BETTER
 
     def _is_placed(self, later: list[tuple[int, tuple[int, ...]]]) -> bool:
+        if self.problem.chunks > 1 and num_turns([devices for _, devices in reversed(later)]) > self.problem.chunks:
+            return False
         pinned = self.problem.pinned
         return not pinned.stages or pinned.places([self._members(block) for block, _ in reversed(later)])
 

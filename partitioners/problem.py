@@ -211,8 +211,16 @@ class PartitionProblem:
 
     @property
     def stage_limit(self) -> int:
-        """No partition of the problem can have more stages: limits, devices and atoms considered."""
-        limit = min(self.cluster.num_devices, self.atoms.count)
+        """No partition with one stage on a device can have more stages: limits, devices and atoms considered."""
+        return self._most_stages(chunks=1)
+
+    @property
+    def chunked_limit(self) -> int:
+        """The same where devices hold as many stages as there are chunks: no partition has more."""
+        return self._most_stages(chunks=self.chunks)
+
+    def _most_stages(self, chunks: int) -> int:
+        limit = min(chunks * self.cluster.num_devices, self.atoms.count)
         return min(limit, *(n for n in (self.stage_count, self.max_stages) if n is not None), limit)
 
     @property

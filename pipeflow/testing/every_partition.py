@@ -12,7 +12,7 @@ from itertools import combinations, product
 
 from pipeflow.errors import PlanError
 from pipeflow.partitioners.objective import objective
-from pipeflow.partitioners.partition import Stage
+from pipeflow.partitioners.partition import Stage, num_turns
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.testing.partitions import check_cut, check_stages
 
@@ -79,7 +79,7 @@ def _places(problem: PartitionProblem, count: int) -> Iterator[Sequence[tuple[in
         return
     most = min(num_devices, problem.replica_limit)
     sets = [s for size in range(1, most + 1) for s in combinations(range(num_devices), size)]
-    yield from product(sets, repeat=count)
+    yield from (places for places in product(sets, repeat=count) if num_turns(places) <= problem.chunks)
 
 
 def _ways(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeflow.partitioners.objective import device_bytes, objective, stage_terms
-from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.partition import Partition, Stage, num_turns
 from pipeflow.partitioners.problem import PartitionProblem
 
 
@@ -125,12 +125,8 @@ def _check_pins(stages: Sequence[Stage], problem: PartitionProblem) -> None:
 
 def _check_turns(stages: Sequence[Stage], problem: PartitionProblem) -> None:
     """Stages go round the devices in order, at most `chunks` times; replicated stages take a turn each."""
-    turn, last = 0, -1
-    for index, stage in enumerate(stages):
-        if min(stage.devices) <= last:
-            turn += 1
-        last = max(stage.devices)
-        _require(turn < problem.chunks, f"stage {index} would begin round {turn + 1} of {problem.chunks}")
+    turns = num_turns([stage.devices for stage in stages])
+    _require(turns <= problem.chunks, f"stages go round the devices {turns} times; there are {problem.chunks} chunks")
 
 
 def _check_memory(stages: Sequence[Stage], problem: PartitionProblem) -> None:

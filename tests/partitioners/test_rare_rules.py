@@ -19,6 +19,7 @@ from pipeflow.partitioners.problem import PartitionProblem, one_version
 from pipeflow.testing.drawn_problems import clusters, costs, problems
 from pipeflow.testing.every_partition import least_objective
 from pipeflow.testing.partitioners import check_partitioner
+from pipeflow.testing.partitions import check_partition
 
 GRAPHS = costs(min_layers=2, max_layers=4)
 CLUSTERS = clusters(max_devices=3)
@@ -107,3 +108,44 @@ def test_degrees_that_no_cut_has_are_named() -> None:
     problem = PartitionProblem(costs=GraphCosts(layers=layers), cluster=Cluster.uniform(2), holds_received=False)
     with pytest.raises(Infeasible, match="stages of like degrees fits 2 devices"):
         PARTITIONERS["variants"](problem)
+
+
+CHUNKED = ["auto", "chain", "exhaustive", "moves", "orders", "uniform"]
+
+
+def line(count: int) -> GraphCosts:
+    return GraphCosts(
+        layers=tuple(
+            LayerCosts(name=f"l{i}", inputs=(f"l{i - 1}",) if i else (), outputs=(TensorCosts(name=f"l{i}"),))
+            for i in range(count)
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_device_that_holds_two_stages_does_not_prove_that_there_is_none(name: str) -> None:
+    """Two layers a stage at most, or three stages: one device of two chunks, or two, can hold that."""
+    few = PartitionProblem(costs=line(3), cluster=Cluster.uniform(1), chunks=2, pins=Pins(max_layers=2))
+    three = PartitionProblem(costs=line(3), cluster=Cluster.uniform(2), chunks=2, num_stages=3)
+    for problem in (few, three):
+        assert least_objective(problem) is not None
+        try:
+            check_partition(PARTITIONERS[name](problem), problem)
+        except Infeasible as error:  # most look at one stage on a device alone
+            assert not error.rules
+            assert "needs a device of its own" not in str(error) or "with one stage on a device" in str(error)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_more_stages_than_chunks_have_places_for(name: str) -> None:
+    problem = PartitionProblem(costs=line(6), cluster=Cluster.uniform(2), chunks=2, num_stages=5)
+    with pytest.raises(Infeasible, match="5 stages, but the cluster has 2 devices for 2 chunks each"):
+        PARTITIONERS[name](problem)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@given(problem=problems(graphs=costs(min_layers=2, max_layers=3), cluster=CLUSTERS, chunks=True))
+@settings(max_examples=25)
+def test_two_chunks_on_unlike_devices(name: str, problem: PartitionProblem) -> None:
+    """Stages go round the devices in order, as often as there are chunks; what is proved of one chunk is not used."""
+    check_partitioner(PARTITIONERS[name], problem)
