@@ -91,13 +91,13 @@ def nested_problems(draw: st.DrawFn, problem: PartitionProblem) -> PartitionProb
 
 @st.composite
 def with_tight_memory(draw: st.DrawFn, problem: PartitionProblem) -> PartitionProblem:
-    """Draws memory limits between a third and a little more of what one device would hold with all layers.
+    """Draws memory limits between two fifths and a little more of what one device would hold with all layers.
 
     Like devices stay alike.
     """
     whole = Stage.replicated([layer.name for layer in problem.costs.layers], [0])
     need = stage_terms(replace(problem, nested=False), [whole])[0].total_bytes
-    cluster, percent = problem.cluster, st.integers(30, 115)
+    cluster, percent = problem.cluster, st.integers(40, 130)
     shares = [draw(percent)] * cluster.num_devices
     if not cluster.is_uniform:
         shares = [draw(percent) for _ in cluster.devices]
