@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeflow.errors import Infeasible
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts, Variant
@@ -20,6 +21,7 @@ from pipeflow.testing.drawn_problems import clusters, costs, problems
 from pipeflow.testing.every_partition import least_objective
 from pipeflow.testing.partitioners import check_partitioner
 from pipeflow.testing.partitions import check_partition
+from tests.partitioners.test_laws import NAMES, suited
 
 GRAPHS = costs(min_layers=2, max_layers=4)
 CLUSTERS = clusters(max_devices=3)
@@ -149,3 +151,36 @@ def test_more_stages_than_chunks_have_places_for(name: str) -> None:
 def test_two_chunks_on_unlike_devices(name: str, problem: PartitionProblem) -> None:
     """Stages go round the devices in order, as often as there are chunks; what is proved of one chunk is not used."""
     check_partitioner(PARTITIONERS[name], problem)
+
+
+@given(
+    problem=st.one_of(
+        problems(graphs=GRAPHS, cluster=CLUSTERS),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, pinned=True),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, tight=True),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, unordered=True),
+    )
+)
+@settings(max_examples=250)
+def test_the_oracle_against_every_partition(problem: PartitionProblem) -> None:
+    """Two searches that share nothing but the objective: one knows ideals and bounds, the other tries everything."""
+    least = least_objective(problem)
+    try:
+        found = PARTITIONERS["exhaustive"](problem)
+    except Infeasible:
+        assert least is None
+        return
+    check_partition(found, problem)
+    assert least == pytest.approx(found.certificate.objective, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    problem=st.one_of(
+        problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, tight=True),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, unordered=True),
+    )
+)
+@settings(max_examples=30)
+def test_groups_together_layers_unordered_and_hardly_any_memory(name: str, problem: PartitionProblem) -> None:
+    check_partitioner(PARTITIONERS[name], suited(name, problem))
