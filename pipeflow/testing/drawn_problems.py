@@ -155,6 +155,7 @@ def problems(
     pinned: bool | None = None,
     together: bool = False,
     unordered: bool = False,
+    copies: bool = False,
     chunks: bool = False,
     nested: bool = False,
     variants: bool = False,
@@ -162,7 +163,7 @@ def problems(
 ) -> PartitionProblem:
     """Draws a partition problem; it may be infeasible.
 
-    The last six are rules that few partitioners take, and none is drawn unless it is asked for.
+    The last seven are rules that few partitioners take, and none is drawn unless it is asked for.
 
     Args:
         graphs: of the costs; `costs()` by default.
@@ -171,6 +172,7 @@ def problems(
         pinned: whether there are pins; None for either where it is constrained, and else none.
         together: whether groups of layers may have to share a stage, beside the costs' colocated ones.
         unordered: whether the order of the stages may leave layers unbound. Transfers are then not relayed.
+        copies: whether layers share parameters of which stages keep copies. Levels cannot be nested then.
         chunks: whether stages go round the devices twice. No layer is then pinned to a stage or device.
         nested: whether levels are planned one inside the other, on clusters of their own and without
             what that forbids: pins, memory limits, numbers of stages.
@@ -193,6 +195,8 @@ def problems(
     elif rule == "replicas":
         replicas = tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=drawn.num_devices)))
     graph = draw(costs() if graphs is None else graphs)
+    if copies:
+        graph = draw(rules.with_shared_copies(graph))
     if variants:
         graph = draw(rules.with_variants(graph))
     if pinned is None:

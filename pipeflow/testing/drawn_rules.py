@@ -1,7 +1,7 @@
 """Hypothesis strategies for the rules of a partition problem that most problems do without.
 
-Layers that are unordered or together, variants, levels one inside the other, memory that hardly
-suffices. `problems` draws them where it is asked to. Nothing here imports torch.
+Layers that are unordered or together, copies of what they share, variants, levels one inside the
+other, memory that hardly suffices. `problems` draws them where it is asked to. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from pipeflow.graphs.costs import GraphCosts, LayerCosts, Variant
+from pipeflow.graphs.costs import GraphCosts, LayerCosts, SharedTensor, Variant
+from pipeflow.graphs.sharing import with_copies
 from pipeflow.partitioners.cluster import Cluster, Level
 from pipeflow.partitioners.objective import stage_terms
 from pipeflow.partitioners.partition import Stage
@@ -35,6 +36,24 @@ def groups_together(draw: st.DrawFn, graph: GraphCosts) -> tuple[tuple[str, ...]
         return ()
     group = st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True).map(tuple)
     return tuple(draw(st.lists(group, max_size=2)))
+
+
+@st.composite
+def with_shared_copies(draw: st.DrawFn, graph: GraphCosts) -> GraphCosts:
+    """Draws up to two parameters that layers share, of which every stage with such a layer keeps a copy."""
+    names = [layer.name for layer in graph.layers]
+    if len(names) < 2:
+        return graph
+    users = st.sets(st.sampled_from(names), min_size=2, max_size=3)
+    shared = tuple(
+        SharedTensor(
+            name=f"shared{i}",
+            layers=tuple(sorted(group, key=graph.position_by_layer.__getitem__)),
+            bytes=draw(st.integers(1, 8)) * _UNIT,
+        )
+        for i, group in enumerate(draw(st.lists(users, min_size=1, max_size=2)))
+    )
+    return with_copies(graph.model_copy(update={"shared": shared}))
 
 
 @st.composite

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pipeflow.errors import Infeasible
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.problem import PartitionProblem
-from pipeflow.testing.every_partition import least_objective
+from pipeflow.testing.enumeration import least_objective
 
 
 def optimum(problem: PartitionProblem) -> float | None:

@@ -1,6 +1,6 @@
 """Problems that few partitioners take: unordered layers, variants, nested levels, several chunks, hardly any memory.
 
-The oracle is every partition, one by one (`pipeflow.testing.every_partition`), which shares no search with any row.
+The oracle is every partition, one by one (`pipeflow.testing.enumeration`), which shares no search with any row.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeflow.errors import Infeasible
+from pipeflow.errors import Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts, Variant
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.exhaustive import is_feasible
+from pipeflow.partitioners.infeasible import explained, is_impossible
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, one_version
 from pipeflow.testing.drawn_problems import clusters, costs, problems
-from pipeflow.testing.every_partition import least_objective
+from pipeflow.testing.enumeration import least_objective
 from pipeflow.testing.partitioners import check_partitioner
 from pipeflow.testing.partitions import check_partition
 from tests.partitioners.test_laws import NAMES, suited
@@ -105,6 +107,22 @@ def test_levels_one_inside_the_other(problem: PartitionProblem) -> None:
     check_partitioner(PARTITIONERS["nested"], problem, exact=True)
 
 
+def test_no_rule_is_said_to_leave_no_way_to_run_a_layer() -> None:
+    """As its other costs have it the layer fits no device; in its variant it does. Nothing proves the contrary."""
+    layers = (
+        LayerCosts(name="a", parameter_bytes=4096, variants=(Variant(name="keep", resident_bytes=16),)),
+        LayerCosts(name="b", variants=(Variant(name="keep", degree=2),)),
+    )
+    cluster = Cluster.uniform(2, memory_bytes=1024)
+    problem = PartitionProblem(costs=GraphCosts(layers=layers), cluster=cluster, holds_received=False)
+    with pytest.raises(Infeasible) as caught:
+        PARTITIONERS["variants"](problem)
+    assert explained(problem, caught.value) is caught.value
+    assert not is_impossible(problem)
+    with pytest.raises(PlanError, match="does not look at"):
+        is_feasible(problem)
+
+
 def test_degrees_that_no_cut_has_are_named() -> None:
     layers = (LayerCosts(name="a"), LayerCosts(name="b", variants=(Variant(name="keep", degree=2),)))
     problem = PartitionProblem(costs=GraphCosts(layers=layers), cluster=Cluster.uniform(2), holds_received=False)
@@ -159,6 +177,7 @@ def test_two_chunks_on_unlike_devices(name: str, problem: PartitionProblem) -> N
         problems(graphs=GRAPHS, cluster=CLUSTERS, pinned=True),
         problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, tight=True),
         problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, unordered=True),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, copies=True),
     )
 )
 @settings(max_examples=250)
@@ -179,8 +198,9 @@ def test_the_oracle_against_every_partition(problem: PartitionProblem) -> None:
     problem=st.one_of(
         problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, tight=True),
         problems(graphs=GRAPHS, cluster=CLUSTERS, together=True, unordered=True),
+        problems(graphs=GRAPHS, cluster=CLUSTERS, copies=True),
     )
 )
 @settings(max_examples=30)
-def test_groups_together_layers_unordered_and_hardly_any_memory(name: str, problem: PartitionProblem) -> None:
+def test_groups_together_layers_unordered_copies_and_hardly_any_memory(name: str, problem: PartitionProblem) -> None:
     check_partitioner(PARTITIONERS[name], suited(name, problem))

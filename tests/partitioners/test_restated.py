@@ -13,7 +13,7 @@ from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.pins import Pin, Pins
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.testing.drawn_problems import clusters, costs, problems
-from pipeflow.testing.every_partition import every_partition, least_objective
+from pipeflow.testing.enumeration import every_partition, least_objective
 from pipeflow.testing.restated import copied, picture, renamed, scaled, with_one_more_device
 
 ROUNDING = 1e-9
