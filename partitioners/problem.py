@@ -201,6 +201,10 @@ class PartitionProblem:
             )
         if self.costs.sharing == "copies" and self.costs.colocated:
             raise PlanError("levels are nested, where copies of shared parameters are not counted; keep them together")
+        if self.even_replicas:
+            raise PlanError(
+                "levels are nested, whose replicas multiply and may share unevenly; set even_replicas=False"
+            )
         if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
             raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
 

@@ -98,6 +98,7 @@ def nested_problems(draw: st.DrawFn, problem: PartitionProblem) -> PartitionProb
     return replace(
         problem,
         nested=True,
+        even_replicas=False,
         transfers=draw(st.sampled_from(["relayed", "free"])),
         reduce_every="microbatch",
         num_stages=None,

@@ -133,6 +133,7 @@ def test_a_stage_inside_two_machines_is_replicated_over_both() -> None:
         (two_levels(), {"reduce_every": "iteration"}, "'microbatch', and 'relayed' or 'free'"),
         (two_levels(), {"transfers": "added"}, "'relayed' or 'free'"),
         (two_levels(), {"num_stages": 2}, "only max_replicas=1"),
+        (two_levels(), {"even_replicas": True}, "may share unevenly"),
     ],
 )
 def test_what_cannot_be_nested_is_refused(cluster: Cluster, options: dict[str, Any], story: str) -> None:

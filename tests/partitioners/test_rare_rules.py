@@ -6,15 +6,16 @@ The oracle is every partition, one by one (`pipeflow.testing.enumeration`), whic
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeflow.errors import Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts, Variant
 from pipeflow.partitioners import PARTITIONERS
-from pipeflow.partitioners.cluster import Cluster
+from pipeflow.partitioners.cluster import Cluster, Level
 from pipeflow.partitioners.exhaustive import is_feasible
 from pipeflow.partitioners.infeasible import explained, is_impossible
 from pipeflow.partitioners.pins import Pins
@@ -204,3 +205,31 @@ def test_the_oracle_against_every_partition(problem: PartitionProblem) -> None:
 @settings(max_examples=30)
 def test_groups_together_layers_unordered_copies_and_hardly_any_memory(name: str, problem: PartitionProblem) -> None:
     check_partitioner(PARTITIONERS[name], suited(name, problem))
+
+
+@pytest.fixture
+def few_ideals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ideals are already too many for `nested` to look at all of them."""
+    monkeypatch.setattr(import_module("pipeflow.partitioners.nested"), "_MOST_IDEALS", 3)
+
+
+@pytest.mark.usefixtures("few_ideals")
+def test_shares_of_nested_levels_multiply() -> None:
+    """Of 2 micro-batches 4 flat replicas run a half each; on 2 of 2 groups they run a quarter, and the bound knows."""
+    layers = tuple(LayerCosts(name=f"l{i}", forward_seconds=s) for i, s in enumerate((5.0, 6.0, 2.0)))
+    problem = PartitionProblem(
+        costs=GraphCosts(layers=layers),
+        cluster=Cluster(devices=Cluster.uniform(4).devices, levels=(Level(size=2), Level(size=4))),
+        num_microbatches=2,
+        nested=True,
+        reduce_every="microbatch",
+        transfers="free",
+    )
+    assert PARTITIONERS["nested"](problem).certificate.objective == 13 / 4
+
+
+@given(problem=problems(graphs=costs(min_layers=3, max_layers=4), nested=True))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@pytest.mark.usefixtures("few_ideals")
+def test_nested_bounds_hold_where_not_all_ideals_are_looked_at(problem: PartitionProblem) -> None:
+    check_partitioner(PARTITIONERS["nested"], problem)
