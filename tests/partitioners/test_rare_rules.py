@@ -166,7 +166,7 @@ def test_more_stages_than_chunks_have_places_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHUNKED)
 @given(problem=problems(graphs=costs(min_layers=2, max_layers=3), cluster=CLUSTERS, chunks=True))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_two_chunks_on_unlike_devices(name: str, problem: PartitionProblem) -> None:
     """Stages go round the devices in order, as often as there are chunks; what is proved of one chunk is not used."""
     check_partitioner(PARTITIONERS[name], problem)
@@ -181,7 +181,7 @@ def test_two_chunks_on_unlike_devices(name: str, problem: PartitionProblem) -> N
         problems(graphs=GRAPHS, cluster=CLUSTERS, copies=True),
     )
 )
-@settings(max_examples=250)
+@settings(max_examples=200)
 def test_the_oracle_against_every_partition(problem: PartitionProblem) -> None:
     """Two searches that share nothing but the objective: one knows ideals and bounds, the other tries everything."""
     least = least_objective(problem)
@@ -202,7 +202,7 @@ def test_the_oracle_against_every_partition(problem: PartitionProblem) -> None:
         problems(graphs=GRAPHS, cluster=CLUSTERS, copies=True),
     )
 )
-@settings(max_examples=30)
+@settings(max_examples=16)
 def test_groups_together_layers_unordered_copies_and_hardly_any_memory(name: str, problem: PartitionProblem) -> None:
     check_partitioner(PARTITIONERS[name], suited(name, problem))
 
