@@ -6,8 +6,8 @@ partition one by one.
 
 from __future__ import annotations
 
-from pipeflow.errors import Infeasible
-from pipeflow.partitioners.exhaustive import exhaustive
+from pipeflow.errors import Infeasible, PlanError
+from pipeflow.partitioners.exhaustive import MOST_ATOMS, exhaustive
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.testing.enumeration import least_objective
 
@@ -20,6 +20,11 @@ def optimum(problem: PartitionProblem) -> float | None:
     """
     if problem.costs.has_variants or problem.nested or problem.chunks > 1:
         return least_objective(problem)
+    if problem.atoms.count > MOST_ATOMS:
+        raise PlanError(
+            f"{problem.atoms.count} layers that can be apart; the oracle looks at every cut of at most {MOST_ATOMS}, "
+            "draw smaller problems"
+        )
     try:
         return exhaustive(problem).certificate.objective
     except Infeasible:

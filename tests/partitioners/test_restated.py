@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 
+from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, PhaseCosts, SharedTensor, TensorCosts, Variant
 from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
 from pipeflow.partitioners.objective import objective
@@ -14,6 +16,7 @@ from pipeflow.partitioners.pins import Pin, Pins
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.testing.drawn_problems import clusters, costs, problems
 from pipeflow.testing.enumeration import every_partition, least_objective
+from pipeflow.testing.oracle import optimum
 from pipeflow.testing.restated import copied, picture, renamed, scaled, with_one_more_device
 
 ROUNDING = 1e-9
@@ -120,3 +123,15 @@ def test_one_more_device_leaves_what_there_was(problem: PartitionProblem) -> Non
 def test_nested_levels_grow_by_a_group(problem: PartitionProblem) -> None:
     for stages in every_partition(problem):
         assert objective(with_one_more_device(problem), stages) == objective(problem, stages)
+
+
+def test_what_is_too_large_for_the_oracle_is_refused() -> None:
+    """No wrong answer: neither of many layers, nor of fewer where they can run in several ways."""
+    layers = [LayerCosts(name=f"l{i}", forward_seconds=1.0) for i in range(17)]
+    many = PartitionProblem(costs=GraphCosts(layers=tuple(layers)), cluster=Cluster.uniform(2))
+    with pytest.raises(PlanError, match="17 layers that can be apart; .* draw smaller problems"):
+        optimum(many)
+    ways = [c.model_copy(update={"variants": (Variant(name="keep"),)}) for c in layers[:7]]
+    varied = replace(many, costs=GraphCosts(layers=tuple(ways)))
+    with pytest.raises(PlanError, match="7 layers on 2 devices; .* draw smaller problems"):
+        optimum(varied)
