@@ -260,6 +260,11 @@ class GraphCosts(Value):
         return any(layer.variants for layer in self.layers)
 
     @cached_property
+    def largest_degree(self) -> int:
+        """The most devices that a variant of some layer is shared by; 1 where there are no variants."""
+        return max((variant.degree for layer in self.layers for variant in layer.variants), default=1)
+
+    @cached_property
     def position_by_layer(self) -> Mapping[str, int]:
         """Position of each layer in `layers`."""
         return {layer.name: i for i, layer in enumerate(self.layers)}

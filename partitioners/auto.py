@@ -28,7 +28,7 @@ from pipeflow.partitioners.nested import nested
 from pipeflow.partitioners.normalise import fold, join
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
-from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.partition import Partition, Stage, num_turns
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
 
@@ -137,9 +137,11 @@ def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
     stages, name, failure = None, "", None
     try:
         contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
+        if num_turns([stage.devices for stage in contiguous.stages]) > problem.chunks:
+            contiguous = chain(problem)  # unlike devices, which several chunks leave in order
         stages, name = contiguous.stages, contiguous.certificate.partitioner
-    except Infeasible as error:  # what fits no device as one stage may fit it as two
-        failure = error
+    except Infeasible as error:  # what fits no device as one stage may fit it as two, so nothing is proved
+        failure = Infeasible([f"with one stage on a device: {reason}" for reason in error.reasons])
     solves = use_solver and cpsat_model.supports(problem) is None
     if solves and (stages is None or objective(problem, stages) > bound):
         better, bound = cpsat_model.improve(smaller, stages, bound, work=_CHUNK_WORK)

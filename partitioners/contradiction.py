@@ -29,7 +29,7 @@ def pins_contradict(problem: PartitionProblem) -> bool:
         if len(devices) > most:
             return True
     steps = _steps(problem)
-    counts = [problem.stage_count] if problem.stage_count is not None else range(1, problem.stage_limit + 1)
+    counts = [problem.stage_count] if problem.stage_count is not None else range(1, problem.chunked_limit + 1)
     return not any(_is_possible(problem, steps, count) for count in counts)
 
 

@@ -19,7 +19,7 @@ from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible
 from pipeflow.partitioners.objective import compute_seconds, objective
-from pipeflow.partitioners.partition import Partition, Stage
+from pipeflow.partitioners.partition import Partition, Stage, num_turns
 from pipeflow.partitioners.problem import PartitionProblem, Position
 
 MOST_ATOMS = 16
@@ -35,7 +35,7 @@ def exhaustive(problem: PartitionProblem) -> Partition:
     exponentially: about a dozen layers (groups of colocated layers count as one).
 
     Raises:
-        PlanError: more than 16 groups of layers.
+        PlanError: more than 16 groups of layers; layers that can run in several ways, or nested levels.
         Infeasible: no partition of the problem fits.
     """
     if problem.atoms.count > MOST_ATOMS:
@@ -57,7 +57,13 @@ def is_feasible(problem: PartitionProblem) -> bool:
     """Whether any partition fits, by looking for one until it is found or cannot be.
 
     Takes as long as `exhaustive` where there is none.
+
+    Raises:
+        PlanError: layers can run in several ways, or levels are nested: it would tell of another problem.
     """
+    if problem.costs.has_variants or problem.nested:
+        what = "layers can run in several ways" if problem.costs.has_variants else "levels are nested"
+        raise PlanError(f"{what}, which a search for any one cut does not look at; use another partitioner")
     search = _Search(problem, any_will_do=True)
     for used in range(1, problem.device_limit + 1):
         search.run(used)
@@ -153,6 +159,8 @@ class _Search:
         return problem.share(r) * both < self.best * _BETTER
 
     def _is_placed(self, later: list[tuple[int, tuple[int, ...]]]) -> bool:
+        if self.problem.chunks > 1 and num_turns([devices for _, devices in reversed(later)]) > self.problem.chunks:
+            return False
         pinned = self.problem.pinned
         return not pinned.stages or pinned.places([self._members(block) for block, _ in reversed(later)])
 

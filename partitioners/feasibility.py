@@ -66,9 +66,11 @@ def _count_reason(problem: PartitionProblem) -> str | None:
         if atoms.count == len(problem.costs.layers):
             apart = f"{atoms.count} layers"
         return f"{count} stages are asked for, but the graph has only {apart}; ask for fewer stages"
-    needed = sum(problem.replicas) if problem.replicas else count
-    if needed > devices:
+    needed, places = sum(problem.replicas) if problem.replicas else count, devices * problem.chunks
+    if needed > places or max(problem.replicas or (1,)) > devices:
         what = f"replicas {problem.replicas} need {needed} devices" if problem.replicas else f"{count} stages"
+        if problem.chunks > 1:
+            return f"{what}, but the cluster has {devices} devices for {problem.chunks} chunks each; ask for fewer"
         return f"{what}, but the cluster has {devices} devices; each replica of a stage needs a device of its own"
     return None
 

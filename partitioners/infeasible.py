@@ -31,7 +31,9 @@ def explained(problem: PartitionProblem, error: Infeasible) -> Infeasible:
 
 
 def is_impossible(problem: PartitionProblem) -> bool:
-    """Whether it is proved that the problem has no partition."""
+    """Whether it is proved that the problem has no partition; of problems with variants nothing is."""
+    if problem.costs.has_variants:
+        return False
     if pins_contradict(problem) or quick_reason(problem) is not None:
         return True
     return _is_small(problem) and not is_feasible(problem)

@@ -42,6 +42,9 @@ _ROUNDS = 12
 _WORK = 4e9
 """Steps of the recurrence that are worth their time, over all sets of ideals that are tried."""
 
+_MANY = 2**50
+"""So many micro-batches that R replicas share them evenly, but for a part of R / 2**50."""
+
 _EXACT = 1 - 1e-12
 
 
@@ -72,7 +75,9 @@ def _bound(problem: PartitionProblem) -> float:
     """What no nested cut can beat: the best flat one, nothing moved, over links as fast as any level's.
 
     A stage on q of r groups' devices each reduces at least what q * r replicas do over one such link:
-    with more than one level at work, each adds more than a reduction over one link can cost.
+    with more than one level at work, each adds more than a reduction over one link can cost. Shares of
+    several levels multiply, each rounded up by itself: of 2 micro-batches 4 replicas may run a quarter each.
+    So replicas share evenly here if there are several levels.
     """
     bound = max(work_bound(problem), _atom_bound(problem))
     fastest = max(level.bandwidth * level.num_inside for level in nested_levels(problem.cluster))
@@ -80,8 +85,10 @@ def _bound(problem: PartitionProblem) -> float:
         problem.cluster.num_devices, problem.cluster.devices[0], bandwidth=None if fastest == math.inf else fastest
     )
     relaxed = replace(problem, nested=False, cluster=links, transfers="free")
+    if len(nested_levels(problem.cluster)) > 1:
+        relaxed = replace(relaxed, num_microbatches=_MANY)
     found = ideals.improve(relaxed, best_of_orders(relaxed, rounds=4), bound)
-    return bound if found is None else max(bound, found[1])
+    return bound if found is None else max(bound, found[1] * (1 - problem.cluster.num_devices / _MANY))
 
 
 def _atom_bound(problem: PartitionProblem) -> float:
@@ -189,7 +196,7 @@ class _Programme:
             seconds = np.maximum(seconds, np.maximum(moved[:, None], moved))
         seconds = problem.share(replicas) * seconds
         if replicas > 1:
-            if problem.max_replicas == 1 or not problem.allows(replicas):
+            if problem.max_replicas == 1:
                 return np.full_like(seconds, np.inf)
             seconds[lattice.stuck - lattice.stuck[:, None] > 0] = np.inf
         return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -118,6 +119,11 @@ class Stage(Value):
     def degree(self) -> int:
         """How many devices share a replica's layers."""
         return dict(self.mesh.axes).get("tensor", 1)
+
+
+def num_turns(places: Sequence[Sequence[int]]) -> int:
+    """How often stages on these devices, one after the other, go round all devices in order."""
+    return 1 + sum(min(devices) <= max(before) for before, devices in pairwise(places))
 
 
 class Certificate(Value):

@@ -201,6 +201,10 @@ class PartitionProblem:
             )
         if self.costs.sharing == "copies" and self.costs.colocated:
             raise PlanError("levels are nested, where copies of shared parameters are not counted; keep them together")
+        if self.even_replicas:
+            raise PlanError(
+                "levels are nested, whose replicas multiply and may share unevenly; set even_replicas=False"
+            )
         if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
             raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
 
@@ -211,8 +215,16 @@ class PartitionProblem:
 
     @property
     def stage_limit(self) -> int:
-        """No partition of the problem can have more stages: limits, devices and atoms considered."""
-        limit = min(self.cluster.num_devices, self.atoms.count)
+        """No partition with one stage on a device can have more stages: limits, devices and atoms considered."""
+        return self._most_stages(chunks=1)
+
+    @property
+    def chunked_limit(self) -> int:
+        """The same where devices hold as many stages as there are chunks: no partition has more."""
+        return self._most_stages(chunks=self.chunks)
+
+    def _most_stages(self, chunks: int) -> int:
+        limit = min(chunks * self.cluster.num_devices, self.atoms.count)
         return min(limit, *(n for n in (self.stage_count, self.max_stages) if n is not None), limit)
 
     @property
@@ -226,9 +238,8 @@ class PartitionProblem:
     @property
     def device_limit(self) -> int:
         """No partition can use more devices."""
-        if self.replicas is not None:
-            return min(sum(self.replicas), self.cluster.num_devices)
-        return min(self.cluster.num_devices, self.stage_limit * self.replica_limit)
+        num_replicas = sum(self.replicas) if self.replicas is not None else self.stage_limit * self.replica_limit
+        return min(self.cluster.num_devices, num_replicas * self.costs.largest_degree)
 
     @cached_property
     def atoms(self) -> Atoms:

@@ -22,15 +22,30 @@ def ways_of(problem: PartitionProblem, layer: LayerCosts) -> tuple[Variant, ...]
     """The ways in which a layer can run; of a layer without variants the one that its costs describe."""
     if layer.variants:
         return layer.variants
-    state = (1 + problem.gradient_ratio + problem.optimizer_ratio) * layer.parameter_bytes
+    parameters = layer.parameter_bytes
+    state = math.ceil(problem.gradient_ratio * parameters) + math.ceil(problem.optimizer_ratio * parameters)
     return (
         Variant(
             name="",
             seconds=layer.seconds,
-            parameter_bytes=layer.parameter_bytes,
-            resident_bytes=math.ceil(state) + 2 * (state > layer.parameter_bytes),  # its parts are rounded up, too
+            parameter_bytes=parameters,
+            resident_bytes=parameters + state,
             saved_bytes=layer.saved_bytes,
         ),
+    )
+
+
+def are_bytes_exact(problem: PartitionProblem) -> bool:
+    """Whether a stage holds what `ways_of` says of its layers one by one, and not less.
+
+    What layers without variants need beside their parameters is rounded up once for the whole stage.
+    """
+    ratios = (problem.gradient_ratio, problem.optimizer_ratio)
+    return all(
+        float(ratio * layer.parameter_bytes).is_integer()
+        for layer in problem.costs.layers
+        if not layer.variants
+        for ratio in ratios
     )
 
 

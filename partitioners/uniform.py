@@ -26,6 +26,8 @@ def uniform(problem: PartitionProblem) -> Partition:
     require_feasible(problem)
     atoms = problem.atoms
     replicas = problem.replicas or (1,) * (problem.stage_count or problem.stage_limit)
+    if sum(replicas) > problem.cluster.num_devices:
+        raise Infeasible(["the even cut has one stage on a device; for several chunks use another partitioner"])
     ends = _even_ends([len(names) for names in atoms.members], len(replicas))
     starts = [0, *ends[:-1]]
     parts: list[tuple[range, range]] = []

@@ -35,7 +35,7 @@ from pipeflow.partitioners.lattice import Lattice
 from pipeflow.partitioners.objective import objective, reduction_volume
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position, one_version
-from pipeflow.partitioners.stage_ways import Sharing, ways_of
+from pipeflow.partitioners.stage_ways import Sharing, are_bytes_exact, ways_of
 
 _MOST_IDEALS = 500
 _WORK = 10**9
@@ -72,10 +72,11 @@ def variants(problem: PartitionProblem) -> Partition:
     require_feasible(problem, varies=True)
     best: tuple[Stage, ...] | None = None
     bound = work = work_bound(problem)
+    has_room = memory_limits(problem)[0] == math.inf
     for masks, is_all in sets_of_ideals(problem, _MOST_IDEALS, _WORK):
         programme = _Programme(problem, Lattice(problem, masks))
         best, proved = programme.improve(best, work)
-        if is_all and programme.is_exact:
+        if is_all and programme.is_exact and (has_room or are_bytes_exact(problem)):
             bound = max(bound, proved)
     if best is None:
         raise Infeasible([_reason(problem)])
@@ -91,6 +92,11 @@ def work_bound(problem: PartitionProblem) -> float:
 
 def _reason(problem: PartitionProblem) -> str:
     limit = memory_limits(problem)[0]
+    if limit == math.inf:
+        return (
+            f"no cut into stages of like degrees fits {problem.cluster.num_devices} devices: the layers of a stage are "
+            "shared by as many devices; give more devices, or layers variants of other degrees"
+        )
     in_flight = problem.in_flight(Position(1, 1, problem.num_microbatches))
     least = {
         layer.name: min(way.resident_bytes + in_flight * way.saved_bytes for way in ways_of(problem, layer))
@@ -302,7 +308,7 @@ class _Programme:
         is_fast = (lacking <= 0) & self._alike[sharing.degree]
         if self._alike[sharing.degree]:
             # What is lacking is saved at best at the least price that any layer asks.
-            dearer = np.where(lacking > 0, sharing.least_price(in_flight) * lacking, 0.0)
+            dearer = sharing.least_price(in_flight) * np.maximum(lacking, 0.0)  # nothing lacks where there is no limit
             possible = sharing.least[starts, end] + dearer <= upper * _ROUNDING
             starts, is_fast = starts[possible], is_fast[possible]
         for start, fits in zip(starts.tolist(), is_fast.tolist(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from types import ModuleType
 
@@ -48,3 +49,12 @@ def test_characters_are_written_alike_by_processes() -> None:
         assert result.error is None, result.trace
     assert first.value == second.value
     assert [len(line) for line in first.value] == [54, 54, 54]
+
+
+def test_a_partitioner_of_ones_own_is_short_and_the_laws_find_the_bug_planted_in_it() -> None:
+    example = load("own_partitioner")
+    lines = inspect.getsource(example.filled).splitlines() + inspect.getsource(example.fill).splitlines()
+    assert len(lines) < 40
+    right, wrong = example.main()
+    assert right is None
+    assert "not a bound" in wrong

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from pipeflow.testing.drawn_options import training_options
     from pipeflow.testing.drawn_plans import check_program, plans
     from pipeflow.testing.drawn_problems import clusters, costs, problems
+    from pipeflow.testing.enumeration import every_partition
     from pipeflow.testing.graphs import batches, layer_graphs
     from pipeflow.testing.layout import check_layout_invariance
     from pipeflow.testing.made_up_costs import unit_costs
+    from pipeflow.testing.oracle import optimum
     from pipeflow.testing.partitioners import check_partitioner
     from pipeflow.testing.partitions import check_partition
     from pipeflow.testing.prediction_law import check_predictions
@@ -33,7 +35,9 @@ _HOME = {
     "check_program": "drawn_plans",
     "clusters": "drawn_problems",
     "costs": "drawn_problems",
+    "every_partition": "enumeration",
     "layer_graphs": "graphs",
+    "optimum": "oracle",
     "plans": "drawn_plans",
     "problems": "drawn_problems",
     "run_ranks": "processes",
@@ -53,7 +57,9 @@ __all__ = [
     "check_program",
     "clusters",
     "costs",
+    "every_partition",
     "layer_graphs",
+    "optimum",
     "plans",
     "problems",
     "run_ranks",

@@ -6,12 +6,15 @@ most drawn cases. Nothing here imports torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
 from pipeflow.partitioners.cluster import Cluster, Device, Level, Link
 from pipeflow.partitioners.pins import Pin, Pins
 from pipeflow.partitioners.problem import PartitionProblem, Position, one_forward_one_backward, one_version, stashed
+from pipeflow.testing import drawn_rules as rules
 
 _TICK = 2.0**-10
 _UNIT = 1024
@@ -150,15 +153,34 @@ def problems(
     cluster: st.SearchStrategy[Cluster] | None = None,
     constrained: bool = True,
     pinned: bool | None = None,
+    together: bool = False,
+    unordered: bool = False,
+    copies: bool = False,
+    chunks: bool = False,
+    nested: bool = False,
+    variants: bool = False,
+    tight: bool = False,
 ) -> PartitionProblem:
     """Draws a partition problem; it may be infeasible.
+
+    The last seven are rules that few partitioners take, and none is drawn unless it is asked for.
 
     Args:
         graphs: of the costs; `costs()` by default.
         cluster: of the cluster; `clusters()` by default.
         constrained: whether numbers of stages and replicas may be asked for.
         pinned: whether there are pins; None for either where it is constrained, and else none.
+        together: whether groups of layers may have to share a stage, beside the costs' colocated ones.
+        unordered: whether the order of the stages may leave layers unbound. Transfers are then not relayed.
+        copies: whether layers share parameters of which stages keep copies. Levels cannot be nested then.
+        chunks: whether stages go round the devices twice. No layer is then pinned to a stage or device.
+        nested: whether levels are planned one inside the other, on clusters of their own and without
+            what that forbids: pins, memory limits, numbers of stages.
+        variants: whether layers may run in several ways.
+        tight: whether all devices have memory limits about as small as the graph's layers allow.
     """
+    if nested:
+        cluster = rules.nesting_clusters() if cluster is None else cluster
     drawn = draw(clusters() if cluster is None else cluster)
     num_stages = max_stages = max_replicas = None
     replicas: tuple[int, ...] | None = None
@@ -173,9 +195,13 @@ def problems(
     elif rule == "replicas":
         replicas = tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=drawn.num_devices)))
     graph = draw(costs() if graphs is None else graphs)
+    if copies:
+        graph = draw(rules.with_shared_copies(graph))
+    if variants:
+        graph = draw(rules.with_variants(graph))
     if pinned is None:
         pinned = constrained and draw(st.integers(0, 2)) == 2
-    return PartitionProblem(
+    problem = PartitionProblem(
         costs=graph,
         cluster=drawn,
         num_microbatches=draw(st.integers(1, 9)),
@@ -194,3 +220,14 @@ def problems(
         fan_out=draw(st.sampled_from(["stage", "tensor"])),
         pins=draw(pins(graph, drawn.num_devices)) if pinned else Pins(),
     )
+    if together:
+        problem = replace(problem, together=draw(rules.groups_together(graph)))
+    if (unordered or chunks) and problem.transfers == "relayed":
+        problem = replace(problem, transfers="added")
+    if unordered:
+        problem = replace(problem, unordered=draw(rules.unordered_layers(graph)))
+    if chunks:
+        problem = replace(problem, chunks=2, pins=problem.pins.model_copy(update={"on": ()}))
+    if nested:
+        problem = draw(rules.nested_problems(problem))
+    return draw(rules.with_tight_memory(problem)) if tight else problem

@@ -1,117 +1,190 @@
 """The laws that every partitioner keeps, as one check of one problem: for users' own algorithms.
 
-Draw problems with `problems()` and hand each to `check_partitioner`; the oracle is exhaustive
-search, so keep the drawn graphs to about seven layers.
+Draw problems with `problems()` and hand each to `check_partitioner`; the oracle looks at every
+partition, so keep the drawn graphs to about seven layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
 
-from pipeflow.errors import Infeasible
-from pipeflow.graphs.costs import GraphCosts
-from pipeflow.partitioners.cluster import Cluster
-from pipeflow.partitioners.exhaustive import exhaustive
+from pipeflow.errors import Infeasible, PlanError
+from pipeflow.partitioners.normalise import memory_binds
 from pipeflow.partitioners.partition import Partition
-from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem
+from pipeflow.partitioners.rules import held_to
+from pipeflow.partitioners.stage_ways import ways_of
+from pipeflow.testing.oracle import optimum
 from pipeflow.testing.partitions import check_partition
+from pipeflow.testing.restated import copied, picture, renamed, scaled, with_one_more_device
 
 _ROUNDING = 1e-9
 
 
-def check_partitioner(partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem) -> None:
+def check_partitioner(
+    partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem, *, exact: bool = False
+) -> None:
     """Checks that the partitioner keeps its promises on the problem.
 
-    The partition is valid (see `check_partition`); no better than the optimum, whose lower bound it
-    claims; the same again; the same under other names; and twice as dear when everything is.
-    `Infeasible` counts as an answer, except where it depends on names or scale.
+    Of every partitioner:
+        valid      the partition keeps all rules of the problem (see `check_partition`), and recomputes nothing;
+        certified  no better than the optimum, and the lower bound is none that a partition beats, nor 0 where
+                   layers take time;
+        pure       the same again from an equal problem, and the problem is as it was;
+        blind      the same under other names, and twice as dear when everything is;
+        monotone   with one more device, no bound above what fewer devices reach.
+
+    `Infeasible` counts as an answer, except where it depends on names or scale, where the rules that it names
+    leave a partition, or where no rule stands in the way of one. A partitioner may refuse what it cannot
+    express with any other `PlanError`, which is passed on: draw problems that it takes.
+
+    Args:
+        exact: whether the partitioner claims to be. Then also: it finds a partition wherever there is one, the
+            best one, and one more device never hurts.
 
     Raises:
         AssertionError: says which promise is broken.
     """
+    before = picture(problem)
     found = _attempt(partitioner, problem)
-    if found is not None:
-        check_partition(found, problem)
-        _check_against_oracle(found, problem)
-    _require(_attempt(partitioner, problem) == found, "not deterministic: the same problem, another partition")
-    graph = renamed(problem.costs)
-    other = _attempt(partitioner, replace(problem, costs=graph, pins=_renamed_pins(problem, graph)))
-    _require(_shape(other, graph) == _shape(found, problem.costs), "names matter: renamed layers are cut otherwise")
-    twice = _attempt(partitioner, scaled(problem, 2))
-    _require((twice is None) == (found is None), "scale matters: feasible only when seconds are, or are not, doubled")
-    if found is not None and twice is not None:
-        before, after = found.certificate.objective, twice.certificate.objective
-        _require(abs(after - 2 * before) <= _ROUNDING * after, f"all seconds doubled, but {before} s became {after} s")
+    _require(picture(problem) == before, "not pure: the problem is not what it was; leave what one is given as it is")
+    if isinstance(found, Infeasible):
+        _check_refusal(found, problem, exact)
+    else:
+        _check_certificate(found, problem, exact)
+    _check_again(partitioner, problem, found)
+    _check_scale(partitioner, problem, found)
+    if isinstance(found, Partition):
+        _check_one_more_device(partitioner, problem, found, exact)
 
 
-def _attempt(partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem) -> Partition | None:
+def _attempt(partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem) -> Partition | Infeasible:
     try:
-        return partitioner(problem)
-    except Infeasible:
-        return None
+        found = partitioner(problem)
+    except Infeasible as error:
+        return error
+    _require(isinstance(found, Partition), f"not a partition: {type(found).__name__}; return a pf.Partition")
+    return found
 
 
-def _check_against_oracle(found: Partition, problem: PartitionProblem) -> None:
-    optimum, certificate = exhaustive(problem).certificate.objective, found.certificate
+def _check_refusal(error: Infeasible, problem: PartitionProblem, exact: bool) -> None:
+    _require(any(error.reasons), "Infeasible without a reason; say which layer or device lacks what")
+    if error.rules:
+        left = optimum(held_to(problem, error.rules))
+        told = " and ".join(rule.text for rule in error.rules)
+        _require(left is None, f"wrongly Infeasible: {told} are said to leave no partition, but one takes {left} s")
+    said = f"wrongly Infeasible ({error})"
+    _require(not _fits_one_device(problem), f"{said}: no rule stands in the way of all layers on one device")
+    if exact:
+        least = optimum(problem)
+        _require(least is None, f"{said}: a partition takes {least} s, and an exact partitioner finds it")
+
+
+def _fits_one_device(problem: PartitionProblem) -> bool:
+    """Whether, as far as one sees at a glance, any way to cut the problem will do."""
+    if problem.pins or problem.stage_count is not None:
+        return False
+    if problem.costs.has_variants or problem.unordered or problem.chunks > 1:
+        is_limited = any(device.memory_bytes is not None for device in problem.cluster.devices)
+        return not is_limited and all(any(w.degree == 1 for w in ways_of(problem, c)) for c in problem.costs.layers)
+    return not memory_binds(problem)
+
+
+def _check_certificate(found: Partition, problem: PartitionProblem, exact: bool) -> None:
+    check_partition(found, problem)
+    again = [name for stage in found.stages for name in stage.recompute]
+    _require(not again, f"layers {again} are recomputed; a problem does not leave that open, return no recompute")
+    objective, bound = found.certificate.objective, found.certificate.lower_bound
+    least = optimum(problem)
+    if least is None:
+        raise AssertionError("the oracle finds no partition of the problem; please report it with the problem")
     _require(
-        certificate.objective >= optimum * (1 - _ROUNDING),
-        f"better than the optimum: {certificate.objective} s, but no partition takes less than {optimum} s",
+        objective >= least * (1 - _ROUNDING),
+        f"better than the optimum: {objective} s, but no partition takes less than {least} s",
     )
     _require(
-        certificate.lower_bound <= optimum * (1 + _ROUNDING),
-        f"not a bound: {certificate.lower_bound} s is said to be the least, but {optimum} s is possible",
+        bound <= least * (1 + _ROUNDING),
+        f"not a bound: {bound} s is said to be the least, but {least} s is possible",
+    )
+    work = math.fsum(min(way.seconds for way in ways_of(problem, layer)) for layer in problem.costs.layers)
+    _require(
+        bound > 0 or work == 0,
+        f"the bound of 0 s says nothing, and layers take {work} s; pipeflow.partitioners.bounds.lower_bound gives one",
+    )
+    _require(
+        not exact or objective <= least * (1 + _ROUNDING),
+        f"not exact: {objective} s, but a partition takes {least} s",
     )
 
 
-def _shape(partition: Partition | None, graph: GraphCosts) -> object:
+def _check_again(
+    partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem, found: Partition | Infeasible
+) -> None:
+    again = _attempt(partitioner, copied(problem))
+    _require(
+        again == found if isinstance(found, Partition) else isinstance(again, Infeasible),
+        "not deterministic: the same problem, another partition",
+    )
+    changed = renamed(problem)
+    other = _attempt_restated(partitioner, changed, "names matter: renamed layers are refused")
+    _require(
+        _shape(other, changed) == _shape(found, problem),
+        "names matter: renamed layers are cut otherwise; break ties by position, and iterate over no set of names",
+    )
+
+
+def _check_scale(
+    partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem, found: Partition | Infeasible
+) -> None:
+    twice = _attempt_restated(partitioner, scaled(problem, 2), "scale matters: twice the seconds are refused")
+    if isinstance(found, Infeasible) or isinstance(twice, Infeasible):
+        _require(type(twice) is type(found), "scale matters: feasible only when seconds are, or are not, doubled")
+        return
+    before, after = found.certificate.objective, twice.certificate.objective
+    _require(abs(after - 2 * before) <= _ROUNDING * after, f"all seconds doubled, but {before} s became {after} s")
+
+
+def _check_one_more_device(
+    partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem, found: Partition, exact: bool
+) -> None:
+    larger = with_one_more_device(problem)
+    try:
+        more = _attempt(partitioner, larger)
+    except PlanError:  # more devices than it takes
+        return
+    before = found.certificate.objective
+    if isinstance(more, Infeasible):
+        _require(not exact, f"one more device hurts: {before} s before, and then Infeasible ({more})")
+        return
+    check_partition(more, larger)
+    bound, after = more.certificate.lower_bound, more.certificate.objective
+    _require(
+        bound <= before * (1 + _ROUNDING),
+        f"not a bound: {bound} s is said to be the least with one more device, but {before} s is possible without it",
+    )
+    _require(
+        not exact or after <= before * (1 + _ROUNDING),
+        f"one more device hurts: {before} s before, and {after} s then",
+    )
+
+
+def _attempt_restated(
+    partitioner: Callable[[PartitionProblem], Partition], problem: PartitionProblem, story: str
+) -> Partition | Infeasible:
+    try:
+        return _attempt(partitioner, problem)
+    except PlanError as error:
+        raise AssertionError(f"{story} ({error})") from error
+
+
+def _shape(found: Partition | Infeasible, problem: PartitionProblem) -> object:
     """A partition without the names of its layers."""
-    if partition is None:
+    if isinstance(found, Infeasible):
         return None
-    stages = [([graph.position_by_layer[name] for name in s.layers], s.devices) for s in partition.stages]
-    return stages, partition.certificate.objective
-
-
-def renamed(graph: GraphCosts) -> GraphCosts:
-    """The same graph with every layer's name changed, and their alphabetical order turned round."""
-    names = {c.name: f"n{len(graph.layers) - i:03}" for i, c in enumerate(graph.layers)}
-    tensors = {
-        t.name: names[c.name] + (f":{k}" if len(c.outputs) > 1 else "")
-        for c in graph.layers
-        for k, t in enumerate(c.outputs)
-    }
-    data = graph.model_dump()
-    for layer in data["layers"]:
-        layer["name"] = names[layer["name"]]
-        layer["inputs"] = [tensors.get(t, t) for t in layer["inputs"]]
-        for tensor in layer["outputs"]:
-            tensor["name"] = tensors[tensor["name"]]
-    data["colocated"] = [[names[n] for n in group] for group in data["colocated"]]
-    return GraphCosts.model_validate(data)
-
-
-def _renamed_pins(problem: PartitionProblem, graph: GraphCosts) -> Pins:
-    names = {before.name: after.name for before, after in zip(problem.costs.layers, graph.layers, strict=True)}
-    data = problem.pins.model_dump()
-    for pin in data["on"]:
-        pin["layer"] = names[pin["layer"]]
-    for kind in ("together", "apart", "no_cut"):
-        data[kind] = [[names[n] for n in group] for group in data[kind]]
-    return Pins.model_validate(data)
-
-
-def scaled(problem: PartitionProblem, factor: int) -> PartitionProblem:
-    """All seconds times `factor`: of layers, and of links by their bandwidth and latency."""
-    costs, cluster = problem.costs.model_dump(), problem.cluster.model_dump()
-    for layer in costs["layers"]:
-        for key in ("forward_seconds", "backward_input_seconds", "backward_weight_seconds"):
-            layer[key] *= factor
-    for link in (*cluster["levels"], *cluster["links"]):
-        link["latency"] *= factor
-        if link["bandwidth"] is not None:
-            link["bandwidth"] /= factor
-    return replace(problem, costs=GraphCosts.model_validate(costs), cluster=Cluster.model_validate(cluster))
+    position = problem.costs.position_by_layer
+    stages = [([position[name] for name in s.layers], s.devices, s.variants) for s in found.stages]
+    return stages, found.certificate
 
 
 def _require(holds: bool, story: str) -> None:

@@ -150,6 +150,7 @@ def test_with_too_many_ideals_those_near_the_best_cuts_are_looked_at(monkeypatch
         (two_levels(), {"reduce_every": "iteration"}, "'microbatch', and 'relayed' or 'free'"),
         (two_levels(), {"transfers": "added"}, "'relayed' or 'free'"),
         (two_levels(), {"num_stages": 2}, "only max_replicas=1"),
+        (two_levels(), {"even_replicas": True}, "may share unevenly"),
     ],
 )
 def test_what_cannot_be_nested_is_refused(cluster: Cluster, options: dict[str, Any], story: str) -> None:
