@@ -202,7 +202,10 @@ class PartitionProblem:
         if self.costs.sharing == "copies" and self.costs.colocated:
             raise PlanError("levels are nested, where copies of shared parameters are not counted; keep them together")
         if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
-            raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
+            raise PlanError(
+                "levels are nested, where only max_replicas=1 can be asked for; leave numbers of stages and replicas, "
+                "chunks and pins open, or give one level of links"
+            )
 
     @property
     def stage_count(self) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 from pipeflow.errors import FormatError, Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -27,7 +27,10 @@ from pipeflow.partitioners.infeasible import explained
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, of_an_endless_batch, stashed
+from pipeflow.partitioners.virtual_stages import interleave, require_room
 from pipeflow.values import Count, Index, Value
+
+Partitioner: TypeAlias = Callable[[PartitionProblem], Partition]
 
 
 class PartitionReport(Value):
@@ -41,9 +44,14 @@ class PartitionReport(Value):
         partitioner: what found it.
         stages: the layers of each stage, in order.
         replicas: of each stage.
-        devices: of each stage; those of the innermost level of links are consecutive.
+        devices: of each stage; those of the innermost level of links are consecutive. With several chunks
+            a device stands at several stages.
         degrees: how many devices share each of a stage's replicas (tensor parallelism).
         variants: of each stage, the way in which each of its layers runs; empty where there is only one.
+        chunks: how many stages a device may hold (virtual stages).
+        contiguous_objective: of the same problem with one stage on a device, as the same partitioner cuts
+            it; None where it has no such partition.
+        gain_over_contiguous: 1 - objective / contiguous_objective: what several chunks gain; never below 0.
     """
 
     objective: float
@@ -56,6 +64,9 @@ class PartitionReport(Value):
     devices: tuple[tuple[Index, ...], ...]
     degrees: tuple[Count, ...]
     variants: tuple[tuple[str, ...], ...]
+    chunks: Count
+    contiguous_objective: float | None
+    gain_over_contiguous: float | None
 
 
 def partition(
@@ -67,12 +78,13 @@ def partition(
     memory_bytes: int | None = None,
     bandwidth: float | Sequence[float] | None = None,
     latency: float = 0.0,
-    partitioner: str | Callable[[PartitionProblem], Partition] = "auto",
+    partitioner: str | Partitioner = "auto",
     num_stages: int | None = None,
     max_stages: int | None = None,
     replicas: tuple[int, ...] | None = None,
     max_replicas: int | None = None,
     num_microbatches: int | None = None,
+    chunks: int = 1,
     pins: Pins | None = None,
     transfers: Transfers | None = None,
     shared: Literal["together", "copies"] = "together",
@@ -93,6 +105,9 @@ def partition(
         partitioner: a name in `PARTITIONERS`, or a function.
         num_stages, max_stages, replicas, max_replicas, num_microbatches: as in
             `PartitionProblem`; formats without gradients to reduce allow one replica.
+        chunks: how many stages a device may hold: with more than 1, stages go round the devices so often,
+            as interleaved schedules place them. The partitioner finds contiguous stages, and virtual
+            ones of one replica each are looked for from there; the report says what they gain.
         pins: layers that must be somewhere, together or apart.
         transfers: how they count beside compute, as in `PartitionProblem`; by default as the format's
             own planner counts them.
@@ -123,22 +138,11 @@ def partition(
         max_replicas=1 if profile.memory == "sizes" else max_replicas,
         transfers=problem.transfers if transfers is None else transfers,
     )
-    if isinstance(partitioner, str):
-        if partitioner not in PARTITIONERS:
-            raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
-        partitioner = PARTITIONERS[partitioner]
     begin = time.perf_counter()
-    try:
-        found = partitioner(problem)
-    except Infeasible as error:
-        raise explained(problem, error) from None
-    if not isinstance(found, Partition):
-        raise PlanError(
-            f"the partitioner gave a {type(found).__name__}; it must return a Partition, or raise Infeasible where "
-            "there is none"
-        )
+    contiguous, found = _solve(replace(problem, chunks=chunks), _function(partitioner))
     seconds = time.perf_counter() - begin
     unit, certificate = profile.seconds_per_unit, found.certificate
+    before = None if contiguous is None else contiguous.certificate.objective
     return PartitionReport(
         objective=certificate.objective / unit,
         lower_bound=certificate.lower_bound / unit,
@@ -150,7 +154,43 @@ def partition(
         devices=tuple(stage.devices for stage in found.stages),
         degrees=tuple(stage.degree for stage in found.stages),
         variants=tuple(stage.variants for stage in found.stages),
+        chunks=chunks,
+        contiguous_objective=None if before is None else before / unit,
+        gain_over_contiguous=None if before is None else 1 - certificate.objective / before if before else 0.0,
     )
+
+
+def _function(partitioner: str | Partitioner) -> Partitioner:
+    if not isinstance(partitioner, str):
+        return partitioner
+    if partitioner not in PARTITIONERS:
+        raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
+    return PARTITIONERS[partitioner]
+
+
+def _solve(problem: PartitionProblem, partitioner: Partitioner) -> tuple[Partition | None, Partition]:
+    """The contiguous partition, where there is one, and the partition with the problem's chunks."""
+    require_room(problem)
+    one = replace(problem, chunks=1)
+    contiguous, failure = None, None
+    try:
+        contiguous = partitioner(one)
+    except Infeasible as error:  # what fits no device as one stage may fit it as two
+        failure = error
+    if failure is None and not isinstance(contiguous, Partition):
+        raise PlanError(
+            f"the partitioner gave a {type(contiguous).__name__}; it must return a Partition, or raise Infeasible "
+            "where there is none"
+        )
+    found = contiguous
+    if problem.chunks > 1:
+        from pipeflow.partitioners.auto import has_solver
+
+        found = interleave(problem, contiguous, use_solver=has_solver())
+    if found is None:
+        assert failure is not None, "no partition and no reason"
+        raise explained(one, failure) from None
+    return contiguous, found
 
 
 def read_profile(source: GraphCosts | Profile | str | os.PathLike[str], format: str = "pipeflow") -> Profile:
