@@ -34,6 +34,9 @@ from pipeflow.partitioners.rounds import slots_of, stages_in_rounds
 _RESOLUTION = 2.0**34
 """Whole numbers up to here for the seconds of the warm start's bottleneck."""
 
+_FORBIDDEN = 2.0**40
+"""More than any bottleneck that the model allows: what takes longer need not be told apart."""
+
 _MOST_WORK = 60.0
 """The solver's own deterministic seconds: the same on every machine, so that results are."""
 
@@ -206,7 +209,7 @@ class _Model:
     def _add_loads(self, model: Any, on: list[list[Any]], bottleneck: Any, hints: list[int]) -> None:
         problem, atoms = self.problem, self.problem.atoms
         device = problem.cluster.devices[0]
-        compute = [math.floor(compute_seconds(group, device) * self.scale) for group in atoms.layers]
+        compute = [math.floor(min(compute_seconds(g, device) * self.scale, _FORBIDDEN)) for g in atoms.layers]
         bandwidth, latency = problem.transfer_link
         weights: dict[tuple[int, tuple[int, ...]], float] = {}
         for net in atoms.nets:
@@ -215,7 +218,7 @@ class _Model:
         for s in range(self.num_devices):
             load = [c * row[s] for c, row in zip(compute, on, strict=True) if c]
             for (producer, readers), seconds in weights.items():
-                cost = math.floor(seconds * self.scale)
+                cost = math.floor(min(seconds * self.scale, _FORBIDDEN))
                 if not cost or self.num_devices == 1:
                     continue
                 y = model.new_bool_var("")

@@ -159,6 +159,7 @@ class _Rows:
         bandwidth, latency = problem.transfer_link
         limit = memory_limits(problem)[0]
         ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
+        unit = max(limit, 1.0)
         for stage in range(self.most):
             load: tuple[dict[int, float], float] = ({self.num_variables - 1: -1.0}, 0.0)
             held: tuple[dict[int, float], float] = ({}, 0.0)
@@ -166,12 +167,12 @@ class _Rows:
                 here = self.on(atom, stage)
                 load = _minus(load, here, compute_seconds(group, cluster.devices[0]) / self.scale)
                 if limit < math.inf:
-                    held = _minus(held, here, ratio * int(self.atoms.parameter_bytes[atom]) / limit)
+                    held = _minus(held, here, ratio * int(self.atoms.parameter_bytes[atom]) / unit)
             for index, net in enumerate(self.atoms.nets):
                 load[0][self.net(index, stage)] = (latency + net.bytes / bandwidth) / self.scale
             self.add(load)
             if limit < math.inf:
-                self.add(held, 1.0)
+                self.add(held, limit / unit)
 
     def _add_pins(self) -> None:
         pinned = self.problem.pinned

@@ -118,11 +118,13 @@ class PartitionProblem:
             may be left out.
         together: groups of layers that must share a stage, beside the costs' colocated ones.
         pins: what a person fixed: layers on stages and devices, together and apart.
+        unit_bytes: the bytes that one of the costs' and devices' bytes stands for, in what people are told:
+            less than 1 where a file has fractions of bytes.
         offload: layers that keep what backward needs on the host (`pipeflow.partitioners.offload`). Only
             what a given cut needs knows of it; partitioners are given problems without.
 
     Raises:
-        PlanError: a count below 1, replicas that contradict the number of stages, pins that name
+        PlanError: no layers, a count below 1, replicas that contradict the number of stages, pins that name
             what is not there, layers on stages or devices where there are several chunks, or
             transfers that are relayed where stages are not a chain.
     """
@@ -149,9 +151,12 @@ class PartitionProblem:
     nested: bool = False
     chunks: int = 1
     pins: Pins = field(default_factory=Pins)
+    unit_bytes: float = 1.0
     offload: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if not self.costs.layers:
+            raise PlanError(f"the graph {self.costs.name!r} has no layers; there must be at least one to be cut")
         for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -230,18 +230,21 @@ def problem_of(
     if profile.unsupported:
         names = ", ".join(profile.unsupported[:4])
         raise Infeasible([f"layers {names} run on no accelerator; the file says so, and there are no other devices"])
+    unit = profile.unit_bytes
     if cluster is None:
         count = num_devices or profile.num_devices
         if count is None:
             raise PlanError("the number of devices is not known; give num_devices or a cluster")
         cluster = _cluster(
             count,
-            profile.memory_bytes if memory_bytes is None else memory_bytes,
-            bandwidth or profile.bandwidth,
+            profile.memory_bytes if memory_bytes is None else math.floor(memory_bytes / unit),
+            profile.bandwidth if bandwidth is None else _in_units(bandwidth, unit),
             latency,
         )
     elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
         raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
+    elif unit != 1.0:
+        cluster = _cluster_in_units(cluster, unit)
     count = num_microbatches or profile.num_microbatches
     if count is None and profile.reduce_every == "microbatch":
         # A stream without end: any number of replicas gets equal shares.
@@ -259,6 +262,7 @@ def problem_of(
         nested=profile.nested and len(cluster.levels) > 1,
         gradient_ratio=min(1.0, profile.state_ratio),
         optimizer_ratio=max(0.0, profile.state_ratio - 1),
+        unit_bytes=unit,
     )
     match profile.memory:
         case "training":
@@ -285,6 +289,22 @@ def problem_of(
             return replace(problem, in_flight=of_an_endless_batch, holds_received=False)
         case _:
             assert_never(profile.memory)
+
+
+def _in_units(bandwidth: float | Sequence[float], unit: float) -> float | tuple[float, ...]:
+    return tuple(b / unit for b in bandwidth) if isinstance(bandwidth, Sequence) else bandwidth / unit
+
+
+def _cluster_in_units(cluster: Cluster, unit: float) -> Cluster:
+    """The cluster with its bytes counted in the costs' unit."""
+    data = cluster.model_dump()
+    for device in data["devices"]:
+        if device["memory_bytes"] is not None:
+            device["memory_bytes"] = math.floor(device["memory_bytes"] / unit)
+    for link in (*data["levels"], *data["links"]):
+        if link["bandwidth"] is not None:
+            link["bandwidth"] /= unit
+    return Cluster.model_validate(data)
 
 
 def _cluster(
