@@ -15,7 +15,7 @@ from pipeflow.partitioners.objective import StageTerms, device_bytes, stage_term
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
 from pipeflow.partitioners.rules import smallest_contradiction
-from pipeflow.units import format_bytes
+from pipeflow.units import format_bytes, one_line
 
 
 def require_feasible(problem: PartitionProblem, *, nests: bool = False, varies: bool = False) -> None:
@@ -152,7 +152,7 @@ def shortfall(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[str, 
         held = [(s, t) for s, t in zip(stages, terms, strict=True) if device in s.devices]
         parts = _stage_parts([t for _, t in held])
         names = [name for s, _ in held for name in s.layers]
-        span = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+        span = one_line(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}")
         result.append(
             f"{_device(problem, device)} lacks {_told(problem, lacking[device])}: layers {span} need "
             f"{_sum(problem, parts)}"
