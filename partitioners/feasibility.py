@@ -17,6 +17,9 @@ from pipeflow.partitioners.problem import PartitionProblem, Position
 from pipeflow.partitioners.rules import smallest_contradiction
 from pipeflow.units import format_bytes, one_line
 
+_NO_LIMIT = 2**62
+"""Bytes; the layers of a graph have fewer (`pipeflow.graphs.costs.MOST_BYTES`)."""
+
 
 def require_feasible(problem: PartitionProblem, *, nests: bool = False, varies: bool = False) -> None:
     """Raises `Infeasible` for what can be told without a search: pins, counts, layers and totals too large.
@@ -52,8 +55,9 @@ def quick_reason(problem: PartitionProblem) -> str | None:
 
 
 def memory_limits(problem: PartitionProblem) -> list[float]:
-    """The limit of each device in bytes, inf where there is none."""
-    return [math.inf if d.memory_bytes is None else d.memory_bytes for d in problem.cluster.devices]
+    """The limit of each device in bytes, inf where there is none, or one that 64 bits do not hold."""
+    limits = (d.memory_bytes for d in problem.cluster.devices)
+    return [math.inf if limit is None or limit >= _NO_LIMIT else limit for limit in limits]
 
 
 def _count_reason(problem: PartitionProblem) -> str | None:

@@ -254,3 +254,10 @@ def test_no_memory_at_all_is_enough_for_nothing(tmp_path: Path, name: str) -> No
     some = changed(none, lambda d: d["nodes"][0].update(size=1))
     with pytest.raises(Infeasible):
         partition(written(tmp_path, some), format="dnn-partitioning", partitioner=name)
+
+
+def test_memory_beyond_64_bits_is_no_limit(tmp_path: Path) -> None:
+    """Counted in the small unit of a file with fractions, a few terabytes are."""
+    path = written(tmp_path, pipedream(parameter_size=0.1))
+    limited = partition(path, format="pipedream", num_devices=2, memory_bytes=10**15)
+    assert limited.objective == partition(path, format="pipedream", num_devices=2).objective
