@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -159,8 +159,11 @@ class PartitionProblem:
             raise PlanError(f"the graph {self.costs.name!r} has no layers; there must be at least one to be cut")
         for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PlanError(f"{name}={value}; it must be at least 1")
+            optional = name not in ("num_microbatches", "chunks")
+            if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
+                raise PlanError(f"{name}={value}; it must be at least 1, and a whole number")
+        if self.transfers not in get_args(Transfers):
+            raise PlanError(f"transfers={self.transfers!r}; known are {', '.join(get_args(Transfers))}")
         for name in ("optimizer_ratio", "gradient_ratio"):
             ratio = getattr(self, name)
             if not (math.isfinite(ratio) and ratio >= 0):

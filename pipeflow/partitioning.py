@@ -7,12 +7,10 @@ says the result in the units of the file. It neither plans a schedule nor runs a
 from __future__ import annotations
 
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal, TypeAlias, assert_never
 
@@ -22,8 +20,9 @@ from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
 from pipeflow.graphs.sharing import share
 from pipeflow.partitioners import PARTITIONERS
-from pipeflow.partitioners.cluster import Cluster, Device, Level
+from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.infeasible import explained
+from pipeflow.partitioners.levels import alike_devices, in_units, with_bandwidth
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, of_an_endless_batch, stashed
@@ -100,7 +99,7 @@ def partition(
             `latency`.
         memory_bytes: of one device; by default the file's limit.
         bandwidth: of every link in bytes per second, or of the links of each level; by default the
-            file's, or else unlimited.
+            file's, or else unlimited. Refused for a file that gives times of transfers.
         latency: of every link in seconds.
         partitioner: a name in `PARTITIONERS`, or a function.
         num_stages, max_stages, replicas, max_replicas, num_microbatches: as in
@@ -230,29 +229,15 @@ def problem_of(
     if profile.unsupported:
         names = ", ".join(profile.unsupported[:4])
         raise Infeasible([f"layers {names} run on no accelerator; the file says so, and there are no other devices"])
-    unit = profile.unit_bytes
-    if cluster is None:
-        count = num_devices or profile.num_devices
-        if count is None:
-            raise PlanError("the number of devices is not known; give num_devices or a cluster")
-        cluster = _cluster(
-            count,
-            profile.memory_bytes if memory_bytes is None else math.floor(memory_bytes / unit),
-            profile.bandwidth if bandwidth is None else _in_units(bandwidth, unit),
-            latency,
-        )
-    elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
-        raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
-    elif unit != 1.0:
-        cluster = _cluster_in_units(cluster, unit)
-    count = num_microbatches or profile.num_microbatches
+    cluster = _cluster_of(profile, num_devices, cluster, memory_bytes, bandwidth, latency)
+    count = profile.num_microbatches if num_microbatches is None else num_microbatches
     if count is None and profile.reduce_every == "microbatch":
         # A stream without end: any number of replicas gets equal shares.
         count = math.lcm(*range(1, cluster.num_devices + 1))
     problem = PartitionProblem(
         costs=profile.costs,
         cluster=cluster,
-        num_microbatches=count or 1,
+        num_microbatches=1 if count is None else count,
         unordered=frozenset(profile.unordered),
         fan_out="tensor" if profile.sends_once else "stage",
         transfers=profile.transfers,
@@ -262,7 +247,7 @@ def problem_of(
         nested=profile.nested and len(cluster.levels) > 1,
         gradient_ratio=min(1.0, profile.state_ratio),
         optimizer_ratio=max(0.0, profile.state_ratio - 1),
-        unit_bytes=unit,
+        unit_bytes=profile.unit_bytes,
     )
     match profile.memory:
         case "training":
@@ -291,36 +276,40 @@ def problem_of(
             assert_never(profile.memory)
 
 
-def _in_units(bandwidth: float | Sequence[float], unit: float) -> float | tuple[float, ...]:
-    return tuple(b / unit for b in bandwidth) if isinstance(bandwidth, Sequence) else bandwidth / unit
-
-
-def _cluster_in_units(cluster: Cluster, unit: float) -> Cluster:
-    """The cluster with its bytes counted in the costs' unit."""
-    data = cluster.model_dump()
-    for device in data["devices"]:
-        if device["memory_bytes"] is not None:
-            device["memory_bytes"] = math.floor(device["memory_bytes"] / unit)
-    for link in (*data["levels"], *data["links"]):
-        if link["bandwidth"] is not None:
-            link["bandwidth"] /= unit
-    return Cluster.model_validate(data)
-
-
-def _cluster(
-    counts: int | Sequence[int], memory: int | None, bandwidths: float | Sequence[float] | None, latency: float
+def _cluster_of(
+    profile: Profile,
+    num_devices: int | Sequence[int] | None,
+    cluster: Cluster | None,
+    memory_bytes: int | None,
+    bandwidth: float | Sequence[float] | None,
+    latency: float,
 ) -> Cluster:
-    """Alike devices, with a level of links for each count."""
-    counts = (counts,) if isinstance(counts, int) else tuple(counts)
-    each = bandwidths if isinstance(bandwidths, Sequence) else (bandwidths,) * len(counts)
-    if len(each) != len(counts) or not counts or min(counts) < 1:
+    """The devices, with bytes counted as the costs count them."""
+    if cluster is not None:
+        if num_devices is not None or memory_bytes is not None or bandwidth is not None:
+            raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
+        given = [b for b in (*(v.bandwidth for v in cluster.levels), *(k.bandwidth for k in cluster.links)) if b]
+        cluster = in_units(cluster, profile.unit_bytes)
+        if not profile.times_transfers:
+            return cluster
+        _refuse_bandwidths(given)
+        return with_bandwidth(cluster, profile.bandwidth)
+    count = profile.num_devices if num_devices is None else num_devices
+    if count is None:
+        raise PlanError("the number of devices is not known; give num_devices or a cluster")
+    if profile.times_transfers:
+        _refuse_bandwidths([] if bandwidth is None else [bandwidth])
+    alike = in_units(
+        alike_devices(count, memory_bytes=memory_bytes, bandwidth=bandwidth, latency=latency), profile.unit_bytes
+    )
+    if memory_bytes is None:
+        changed = {"memory_bytes": profile.memory_bytes}
+        alike = alike.model_copy(update={"devices": tuple(d.model_copy(update=changed) for d in alike.devices)})
+    return alike if bandwidth is not None else with_bandwidth(alike, profile.bandwidth)
+
+
+def _refuse_bandwidths(given: Sequence[object]) -> None:
+    if given:
         raise PlanError(
-            f"num_devices={counts} and bandwidth={tuple(each)}; give a number of at least 1 for each level of "
-            "links, and one bandwidth for all or for each"
+            f"bandwidth={given[0]}, but the file says how long its transfers take, whatever the links are; leave it out"
         )
-    total = math.prod(counts)
-    levels: dict[int, Level] = {}
-    for size, bandwidth in zip(accumulate(counts, operator.mul), each, strict=True):
-        levels.setdefault(size, Level(size=size, bandwidth=bandwidth, latency=latency))
-    devices = tuple(Device(name=f"device:{i}", memory_bytes=memory) for i in range(total))
-    return Cluster(devices=devices, levels=tuple(levels.values()))

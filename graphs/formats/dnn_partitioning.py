@@ -82,6 +82,7 @@ def _profile(name: str, data: Record, edge_scale: float) -> Profile:
         memory_bytes=whole.limit(limit),
         unit_bytes=whole.unit,
         bandwidth=bandwidth,
+        times_transfers=True,
         unordered=tuple(n for n in order if flag(nodes[n], "isBackwardNode", f"node {n}", default=False)),
         unsupported=tuple(node for node in order if not supported[node]),
         memory="sizes",

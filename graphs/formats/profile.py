@@ -27,6 +27,8 @@ class Profile(Value):
             fractions of them. `memory_bytes` and `bandwidth` count in it too.
         bandwidth: of the links, where the file gives it, or for which tensor bytes were made up
             from transfer times.
+        times_transfers: whether the file gives times of transfers instead of bytes, so that no other
+            bandwidth makes sense.
         unordered: layers that the order of stages does not bind (backward nodes of a training graph).
         unsupported: layers that the file's accelerators cannot run.
         memory: what a device has to hold: parameters with gradients, optimizer state and activations
@@ -49,6 +51,7 @@ class Profile(Value):
     memory_bytes: Bytes | None = None
     unit_bytes: float = Field(default=1.0, gt=0, le=1)
     bandwidth: float | None = Field(default=None, gt=0)
+    times_transfers: bool = False
     unordered: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     memory: Literal["training", "sizes", "stashes", "variants"] = "training"
