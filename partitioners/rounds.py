@@ -10,6 +10,7 @@ objective, checked against memory and pins, and only then kept. Draws and their 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,10 @@ from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
 
 _POWER = 8
-_HOT, _COLD = 0.3, 0.003
-"""Temperatures at the start and at the end, in units of what is made small."""
+_HOT, _COLD = (0.3, 3.0), 0.003
+"""Temperatures at the start, one after the other, and at the end, in units of what is made small."""
 
-_MOVES_PER_ATOM, _MOST_MOVES = 400, 200_000
+_MOVES_PER_ATOM, _MOST_MOVES = 400, 100_000
 
 _PRICED = 48
 """How often a search prices the best so far by the objective."""
@@ -68,10 +69,10 @@ def improve(
     """
     best = None if start is None else tuple(start)
     reach = math.inf if start is None else objective(problem, start)
-    for turn, slots in enumerate(_beginnings(problem, start)):
+    for turn, (hot, slots) in enumerate(itertools.product(_HOT, _beginnings(problem, start))):
         if reach * (1 - 1e-9) <= bound:
             break
-        for candidate in _annealed(problem, slots, random.Random(seed + turn)):
+        for candidate in _annealed(problem, slots, random.Random(seed + turn), hot):
             found = stages_in_rounds(problem, candidate)
             seconds = objective(problem, found)
             if seconds < reach * (1 - 1e-9) and not shortfall(problem, found):
@@ -93,7 +94,7 @@ def _beginnings(problem: PartitionProblem, start: Sequence[Stage] | None) -> Ite
     yield [place + (count if place >= half else 0) for place in places]
 
 
-def _annealed(problem: PartitionProblem, slots: list[int], draw: random.Random) -> Iterator[list[int]]:
+def _annealed(problem: PartitionProblem, slots: list[int], draw: random.Random, hot: float) -> Iterator[list[int]]:
     """The best slots so far by the guide, every now and then, where they are better than the last."""
     state = _State(problem, slots)
     guide = max(state.loads)
@@ -103,7 +104,7 @@ def _annealed(problem: PartitionProblem, slots: list[int], draw: random.Random) 
     steps = min(_MOST_MOVES, _MOVES_PER_ATOM * len(slots))
     pause = max(1, steps // _PRICED)
     for step in range(steps):
-        moved = state.step(draw, guide, _HOT * (_COLD / _HOT) ** (step / steps))
+        moved = state.step(draw, guide, hot * (_COLD / hot) ** (step / steps))
         if moved and max(state.loads) < guide * (1 - 1e-9):
             guide, best, is_new = max(state.loads), state.slot_of[:], True
         if is_new and best is not None and step % pause == pause - 1:
