@@ -23,7 +23,7 @@ from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
 
 _POWER = 8
-_HOT, _COLD = (0.3, 3.0), 0.003
+_HOT, _COLD = (0.3, 3.0, 10.0, 1.0), 0.003
 """Temperatures at the start, one after the other, and at the end, in units of what is made small."""
 
 _MOVES_PER_ATOM, _MOST_MOVES = 400, 100_000
