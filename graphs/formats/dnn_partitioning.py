@@ -2,7 +2,8 @@
 
 JSON with `maxSizePerFPGA`, `maxFPGAs`, `nodes` and `edges`. Times are milliseconds. An edge's
 `cost` is the time to move its source's output over a link; here it becomes bytes over a link of
-`BANDWIDTH`, fine enough that rounding to whole bytes changes no time by more than 1e-15 s.
+`BANDWIDTH`, fine enough that rounding to whole bytes changes no time by more than 1e-15 s
+where transfers last neither for minutes nor for less than microseconds.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ from pipeflow.graphs.formats.whole_bytes import WholeBytes
 from pipeflow.values import parse_json
 
 BANDWIDTH = 2.0**50
-"""Bytes per second of the link that transfer times are expressed for; less where they last for minutes."""
+"""Bytes per second of the link that transfer times are expressed for; less where they last for minutes, more
+where they last for less than a microsecond."""
 
 _MOST_SECONDS = 2.0**6
 """Of all transfers together, up to which their bytes at `BANDWIDTH` can be added up as whole numbers."""
+
+_FEWEST_SECONDS = 2.0**-24
+"""Below, bytes at `BANDWIDTH` are too few to tell transfers apart."""
+
+_MOST_DOUBLINGS = 900
+"""Of `BANDWIDTH`, within what numbers hold."""
 
 _MILLISECOND = 1e-3
 
@@ -113,8 +121,10 @@ def _bandwidth(seconds: float) -> float:
     """Of the link for transfers that last so long in all."""
     if not math.isfinite(seconds):
         raise FormatError(f"the edges' costs add up to {seconds}; give finite ones")
-    excess = max(0, math.frexp(seconds / _MOST_SECONDS)[1])
-    return math.ldexp(BANDWIDTH, -excess)
+    if seconds == 0.0 or _FEWEST_SECONDS <= seconds <= _MOST_SECONDS:
+        return BANDWIDTH
+    excess = math.frexp(seconds)[1] - math.frexp(_MOST_SECONDS)[1] + 1
+    return math.ldexp(BANDWIDTH, min(-excess, _MOST_DOUBLINGS))
 
 
 def _colocated(nodes: dict[str, Record], order: list[str]) -> tuple[tuple[str, ...], ...]:

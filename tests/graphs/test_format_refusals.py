@@ -206,6 +206,23 @@ def test_transfers_that_take_forever_are_avoided(tmp_path: Path, name: str, cost
     assert report.objective == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e-14, 1e-9, 1e-3, 1.0, 1e9, 1e200])
+def test_times_are_told_apart_whatever_their_unit(tmp_path: Path, unit: float) -> None:
+    """Transfers of picoseconds once were none."""
+
+    def change(data: dict[str, Any]) -> None:
+        for node, seconds in zip(data["nodes"], (1.0, 1.0, 3.0), strict=True):
+            node["fpgaLatency"] = seconds * unit
+        for edge in data["edges"]:
+            edge["cost"] = 0.25 * unit
+
+    for count, best in ((2, 3.5), (3, 3.5)):
+        report = partition(
+            written(tmp_path, changed(DNN, change)), format="dnn-partitioning", num_devices=count, partitioner="chain"
+        )
+        assert report.objective / unit == pytest.approx(best)
+
+
 def test_bytes_that_cannot_be_added_up() -> None:
     with pytest.raises(CostError, match="layer 'b'; they must stay below"):
         GraphCosts(layers=(LayerCosts(name="a"), LayerCosts(name="b", parameter_bytes=MOST_BYTES + 1)))
