@@ -17,6 +17,9 @@ from pydantic import Field, model_validator
 from pipeflow.errors import CostError
 from pipeflow.values import Bytes, Count, Seconds, Value
 
+MOST_BYTES = 2**58
+"""Of all layers of a graph together: searches add them up in 64 bits."""
+
 
 class TensorCosts(Value):
     """One tensor: a graph input or an output of a layer.
@@ -206,7 +209,8 @@ class GraphCosts(Value):
             for a copy ("copies", see `pipeflow.graphs.sharing`).
 
     Raises:
-        CostError: a name stands twice, an input comes from nowhere or from a later layer.
+        CostError: a name stands twice, an input comes from nowhere or from a later layer, or bytes are too many
+            to be added up.
     """
 
     format: Literal["pipeflow-costs-1"] = "pipeflow-costs-1"
@@ -222,6 +226,12 @@ class GraphCosts(Value):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (total := sum(map(_all_bytes, self.layers))) > MOST_BYTES:
+            largest = max(self.layers, key=_all_bytes)
+            raise CostError(
+                f"costs of {self.name!r}: bytes add up to {total:.3g}, most of them in layer {largest.name!r}; they "
+                f"must stay below 2**{MOST_BYTES.bit_length() - 1}, so that sums of them are whole numbers"
+            )
         tensors = {t.name for t in self.inputs}
         if len(tensors) != len(self.inputs):
             raise CostError(f"costs of {self.name!r}: an input is named twice; names must be unique")
@@ -392,6 +402,12 @@ class GraphCosts(Value):
             return c.model_copy(update=changes)
 
         return self.model_copy(update={"layers": tuple(map(layer, self.layers)), "shared": shared, "phases": ()})
+
+
+def _all_bytes(layer: LayerCosts) -> int:
+    moved = sum(tensor.bytes + tensor.gradient_bytes for tensor in layer.outputs)
+    ways = max((v.parameter_bytes + v.resident_bytes + v.saved_bytes for v in layer.variants), default=0)
+    return layer.parameter_bytes + layer.saved_bytes + moved + ways
 
 
 def _working_bytes_at(layer: LayerCosts, ratio: float) -> dict[str, int | None]:

@@ -28,9 +28,10 @@ from pipeflow.partitioners.nested import nested
 from pipeflow.partitioners.normalise import fold, join
 from pipeflow.partitioners.objective import objective
 from pipeflow.partitioners.orders import best_of_orders, num_rounds
-from pipeflow.partitioners.partition import Partition, Stage, num_turns
+from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
+from pipeflow.partitioners.virtual_stages import interleave
 
 CLOSED = 1e-8
 """A relative gap that counts as none."""
@@ -57,9 +58,6 @@ _MOST_ORDERED = 2000
 
 _Step = Callable[[PartitionProblem, Sequence[Stage] | None, float], tuple[tuple[Stage, ...] | None, float] | None]
 """From a problem, the best partition known and a bound, to a better partition and a better bound."""
-
-_CHUNK_WORK = 12.0
-"""The solver's budget for several chunks on a device: gains come early, proofs late or never."""
 
 _MOST_SOLVED = 6000
 """Atoms times stages up to which the solver is worth its time."""
@@ -89,12 +87,12 @@ def search(problem: PartitionProblem, *, use_solver: bool, most_atoms: int = _MO
         most_atoms: beyond, the problem is coarsened first.
     """
     require_feasible(problem, nests=True, varies=True)
+    if problem.chunks > 1:
+        return _chunked(problem, use_solver)
     if problem.costs.has_variants:
         return _named(problem, variants(problem), "variants", None)
     if problem.nested:
         return _named(problem, nested(problem), "nested", None)
-    if problem.chunks > 1:
-        return _chunked(problem, use_solver)
     if problem.atoms.count > most_atoms:
         return _coarse(problem, use_solver, most_atoms)
     best, failure = None, None
@@ -132,25 +130,16 @@ def _coarse(problem: PartitionProblem, use_solver: bool, most_atoms: int) -> Par
 
 def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
     """The best contiguous partition, and then what several chunks on a device gain."""
-    smaller = fold(problem)
-    bound = max(lower_bound(problem), cut_bound(smaller))
-    stages, name, failure = None, "", None
+    contiguous, failure = None, None
     try:
         contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
-        if num_turns([stage.devices for stage in contiguous.stages]) > problem.chunks:
-            contiguous = chain(problem)  # unlike devices, which several chunks leave in order
-        stages, name = contiguous.stages, contiguous.certificate.partitioner
     except Infeasible as error:  # what fits no device as one stage may fit it as two, so nothing is proved
         failure = Infeasible([f"with one stage on a device: {reason}" for reason in error.reasons])
-    solves = use_solver and cpsat_model.supports(problem) is None
-    if solves and (stages is None or objective(problem, stages) > bound):
-        better, bound = cpsat_model.improve(smaller, stages, bound, work=_CHUNK_WORK)
-        if better is not None and (stages is None or objective(problem, better) < objective(problem, stages)):
-            stages, name = better, "auto: cpsat"
-    if stages is None:
+    found = interleave(problem, contiguous, use_solver=use_solver)
+    if found is None:
         assert failure is not None, "no partition and no reason"
         raise failure
-    return certified(problem, stages, partitioner=name, lower_bound=bound)
+    return found
 
 
 def _improved(

@@ -29,9 +29,13 @@ from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.orders import best_of_orders
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position, one_version
+from pipeflow.partitioners.rounds import slots_of, stages_in_rounds
 
 _RESOLUTION = 2.0**34
 """Whole numbers up to here for the seconds of the warm start's bottleneck."""
+
+_FORBIDDEN = 2.0**40
+"""More than any bottleneck that the model allows: what takes longer need not be told apart."""
 
 _MOST_WORK = 60.0
 """The solver's own deterministic seconds: the same on every machine, so that results are."""
@@ -190,28 +194,22 @@ class _Model:
         """The stage of every atom in `start`, counted so that its last stage is the last."""
         if start is None:
             return []
-        shift = most - len(start) if self.problem.chunks == 1 else 0
-        stage_of = {name: s + shift for s, stage in enumerate(start) for name in stage.layers}
+        shift = most - len(start)
+        slots = [s + shift for s in range(len(start))] if self.problem.chunks == 1 else slots_of(self.problem, start)
+        stage_of = {name: slot for slot, stage in zip(slots, start, strict=True) for name in stage.layers}
         return [stage_of[names[0]] for names in self.problem.atoms.members]
 
     def _stages(self, stage_of: Sequence[int], most: int) -> tuple[Stage, ...]:
-        sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(most)]
         if self.problem.chunks == 1:
+            sets = [[a for a, s in enumerate(stage_of) if s == stage] for stage in range(most)]
             row: Cut = [(atoms, (d,)) for d, atoms in enumerate(s for s in sets if s)]
             return stages_of(self.problem, self.problem.pinned.on_pinned_devices(row, self.problem.cluster.num_devices))
-        cut: list[tuple[list[int], tuple[int]]] = []
-        for slot, atoms in enumerate(sets):
-            device = slot % self.num_devices
-            if atoms and cut and cut[-1][1] == (device,) and self.problem.pinned.allows([*cut[-1][0], *atoms]):
-                cut[-1] = ([*cut[-1][0], *atoms], (device,))
-            elif atoms:
-                cut.append((atoms, (device,)))
-        return stages_of(self.problem, cut)
+        return stages_in_rounds(self.problem, stage_of)
 
     def _add_loads(self, model: Any, on: list[list[Any]], bottleneck: Any, hints: list[int]) -> None:
         problem, atoms = self.problem, self.problem.atoms
         device = problem.cluster.devices[0]
-        compute = [math.floor(compute_seconds(group, device) * self.scale) for group in atoms.layers]
+        compute = [math.floor(min(compute_seconds(g, device) * self.scale, _FORBIDDEN)) for g in atoms.layers]
         bandwidth, latency = problem.transfer_link
         weights: dict[tuple[int, tuple[int, ...]], float] = {}
         for net in atoms.nets:
@@ -220,7 +218,7 @@ class _Model:
         for s in range(self.num_devices):
             load = [c * row[s] for c, row in zip(compute, on, strict=True) if c]
             for (producer, readers), seconds in weights.items():
-                cost = math.floor(seconds * self.scale)
+                cost = math.floor(min(seconds * self.scale, _FORBIDDEN))
                 if not cost or self.num_devices == 1:
                     continue
                 y = model.new_bool_var("")

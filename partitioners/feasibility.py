@@ -10,13 +10,15 @@ import math
 from collections.abc import Sequence
 
 from pipeflow.errors import Infeasible, PlanError
-from pipeflow.partitioners.cluster import Device
 from pipeflow.partitioners.contradiction import pins_contradict
 from pipeflow.partitioners.objective import StageTerms, device_bytes, stage_terms
 from pipeflow.partitioners.partition import Stage
 from pipeflow.partitioners.problem import PartitionProblem, Position
 from pipeflow.partitioners.rules import smallest_contradiction
-from pipeflow.units import format_bytes
+from pipeflow.units import format_bytes, one_line
+
+_NO_LIMIT = 2**62
+"""Bytes; the layers of a graph have fewer (`pipeflow.graphs.costs.MOST_BYTES`)."""
 
 
 def require_feasible(problem: PartitionProblem, *, nests: bool = False, varies: bool = False) -> None:
@@ -53,8 +55,9 @@ def quick_reason(problem: PartitionProblem) -> str | None:
 
 
 def memory_limits(problem: PartitionProblem) -> list[float]:
-    """The limit of each device in bytes, inf where there is none."""
-    return [math.inf if d.memory_bytes is None else d.memory_bytes for d in problem.cluster.devices]
+    """The limit of each device in bytes, inf where there is none, or one that 64 bits do not hold."""
+    limits = (d.memory_bytes for d in problem.cluster.devices)
+    return [math.inf if limit is None or limit >= _NO_LIMIT else limit for limit in limits]
 
 
 def _count_reason(problem: PartitionProblem) -> str | None:
@@ -118,9 +121,9 @@ def _atom_reason(problem: PartitionProblem) -> str | None:
             one = len(atoms.members[atom]) == 1
             subject = f"layer {names} needs" if one else f"layers {names} share a stage and need"
             worst = lacking
-            device = _device(problem.cluster.devices[place])
+            device = _device(problem, place)
             which = "to which it is pinned" if atom in problem.pinned.devices else "the largest"
-            story = f"{subject} {_sum(parts)}; {device}, {which}, lacks {format_bytes(lacking)}"
+            story = f"{subject} {_sum(problem, parts)}; {device}, {which}, lacks {_told(problem, lacking)}"
     return story
 
 
@@ -136,8 +139,8 @@ def _total_reason(problem: PartitionProblem) -> str | None:
     if total <= sum(limits):
         return None
     return (
-        f"the graph needs {_sum(parts)}; the {len(limits)} device{'s' * (len(limits) > 1)} that may be used "
-        f"have {format_bytes(sum(limits))} together and lack {format_bytes(total - sum(limits))}"
+        f"the graph needs {_sum(problem, parts)}; the {len(limits)} device{'s' * (len(limits) > 1)} that may be used "
+        f"have {_told(problem, sum(limits))} together and lack {_told(problem, total - sum(limits))}"
     )
 
 
@@ -155,10 +158,10 @@ def shortfall(problem: PartitionProblem, stages: Sequence[Stage]) -> tuple[str, 
         held = [(s, t) for s, t in zip(stages, terms, strict=True) if device in s.devices]
         parts = _stage_parts([t for _, t in held])
         names = [name for s, _ in held for name in s.layers]
-        span = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+        span = one_line(names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}")
         result.append(
-            f"{_device(problem.cluster.devices[device])} lacks {format_bytes(lacking[device])}: layers {span} need "
-            f"{_sum(parts)}"
+            f"{_device(problem, device)} lacks {_told(problem, lacking[device])}: layers {span} need "
+            f"{_sum(problem, parts)}"
         )
     return tuple(result)
 
@@ -200,11 +203,17 @@ def _stage_parts(terms: Sequence[StageTerms]) -> list[tuple[int, str]]:
     ]
 
 
-def _sum(parts: Sequence[tuple[int, str]]) -> str:
-    shown = [f"{format_bytes(n)} {what}" for n, what in parts if n]
-    total = format_bytes(sum(n for n, _ in parts))
+def _sum(problem: PartitionProblem, parts: Sequence[tuple[int, str]]) -> str:
+    shown = [f"{_told(problem, n)} {what}" for n, what in parts if n]
+    total = _told(problem, sum(n for n, _ in parts))
     return f"{total} ({' + '.join(shown)})" if shown else total
 
 
-def _device(device: Device) -> str:
-    return f"device {device.name!r} of {format_bytes(device.memory_bytes or 0)}"
+def _device(problem: PartitionProblem, index: int) -> str:
+    device = problem.cluster.devices[index]
+    return f"device {device.name!r} of {_told(problem, device.memory_bytes or 0)}"
+
+
+def _told(problem: PartitionProblem, amount: float) -> str:
+    """Bytes of the costs as people count them."""
+    return format_bytes(amount * problem.unit_bytes)

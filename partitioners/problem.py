@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from pipeflow.errors import PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -118,11 +118,13 @@ class PartitionProblem:
             may be left out.
         together: groups of layers that must share a stage, beside the costs' colocated ones.
         pins: what a person fixed: layers on stages and devices, together and apart.
+        unit_bytes: the bytes that one of the costs' and devices' bytes stands for, in what people are told:
+            less than 1 where a file has fractions of bytes.
         offload: layers that keep what backward needs on the host (`pipeflow.partitioners.offload`). Only
             what a given cut needs knows of it; partitioners are given problems without.
 
     Raises:
-        PlanError: a count below 1, replicas that contradict the number of stages, pins that name
+        PlanError: no layers, a count below 1, replicas that contradict the number of stages, pins that name
             what is not there, layers on stages or devices where there are several chunks, or
             transfers that are relayed where stages are not a chain.
     """
@@ -149,13 +151,19 @@ class PartitionProblem:
     nested: bool = False
     chunks: int = 1
     pins: Pins = field(default_factory=Pins)
+    unit_bytes: float = 1.0
     offload: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if not self.costs.layers:
+            raise PlanError(f"the graph {self.costs.name!r} has no layers; there must be at least one to be cut")
         for name in ("num_microbatches", "num_stages", "max_stages", "max_replicas", "chunks"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PlanError(f"{name}={value}; it must be at least 1")
+            optional = name not in ("num_microbatches", "chunks")
+            if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
+                raise PlanError(f"{name}={value}; it must be at least 1, and a whole number")
+        if self.transfers not in get_args(Transfers):
+            raise PlanError(f"transfers={self.transfers!r}; known are {', '.join(get_args(Transfers))}")
         for name in ("optimizer_ratio", "gradient_ratio"):
             ratio = getattr(self, name)
             if not (math.isfinite(ratio) and ratio >= 0):
@@ -206,7 +214,10 @@ class PartitionProblem:
                 "levels are nested, whose replicas multiply and may share unevenly; set even_replicas=False"
             )
         if self.stage_count or self.max_stages or self.max_replicas not in (None, 1) or self.chunks > 1 or self.pins:
-            raise PlanError("levels are nested, where only max_replicas=1 can be asked for; leave the rest open")
+            raise PlanError(
+                "levels are nested, where only max_replicas=1 can be asked for; leave numbers of stages and replicas, "
+                "chunks and pins open, or give one level of links"
+            )
 
     @property
     def stage_count(self) -> int | None:

@@ -52,7 +52,7 @@ def _rules(problem: PartitionProblem) -> Iterator[Rule]:
             yield Rule("not_replicable", i, f"layer {layer.name!r} cannot be replicated", layers=(layer.name,))
     for i, device in enumerate(problem.cluster.devices):
         if device.memory_bytes is not None:
-            text = f"device {i} ({device.name}) holds {format_bytes(device.memory_bytes)}"
+            text = f"device {i} ({device.name}) holds {format_bytes(device.memory_bytes * problem.unit_bytes)}"
             yield Rule("memory", i, text, devices=(i,))
 
 

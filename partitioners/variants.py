@@ -103,9 +103,10 @@ def _reason(problem: PartitionProblem) -> str:
         for layer in problem.costs.layers
     }
     name = max(least, key=least.__getitem__)
+    held, needed = limit * problem.unit_bytes, least[name] * problem.unit_bytes
     return (
-        f"no cut fits {problem.cluster.num_devices} devices of {limit:.0f} bytes, whichever way its layers run; the "
-        f"largest alone, {name!r}, needs {least[name]} in its smallest way; give more devices or more memory"
+        f"no cut fits {problem.cluster.num_devices} devices of {held:.0f} bytes, whichever way its layers run; the "
+        f"largest alone, {name!r}, needs {needed:.0f} in its smallest way; give more devices or more memory"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from pipeflow.errors import PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.partitioners.neighbours import neighbours
 from pipeflow.partitioners.objective import objective
@@ -35,7 +36,8 @@ def shorten(
         plan: to begin with.
         rank: of it.
         problem: that its stages answer.
-        price: the rank of a plan, or None where it does not fit.
+        price: the rank of a plan, or None where it does not fit. A plan for which it raises a `PlanError`,
+            since it cannot be lowered, is passed over.
     """
     left = _ACTIONS
     while True:
@@ -51,7 +53,10 @@ def shorten(
                 }
             )
             candidate = plan.model_copy(update={"stages": stages, "certificate": certificate})
-            found = price(candidate)
+            try:
+                found = price(candidate)
+            except PlanError:  # the schedule cannot order its stages; others it can
+                continue
             if found is not None and found < best_rank:
                 best, best_rank = candidate, found
         if best is plan:

@@ -7,14 +7,12 @@ says the result in the units of the file. It neither plans a schedule nor runs a
 from __future__ import annotations
 
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 from pipeflow.errors import FormatError, Infeasible, PlanError
 from pipeflow.graphs.costs import GraphCosts
@@ -22,12 +20,16 @@ from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
 from pipeflow.graphs.sharing import share
 from pipeflow.partitioners import PARTITIONERS
-from pipeflow.partitioners.cluster import Cluster, Device, Level
+from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.infeasible import explained
+from pipeflow.partitioners.levels import alike_devices, in_units, with_bandwidth
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, of_an_endless_batch, stashed
+from pipeflow.partitioners.virtual_stages import interleave, require_room
 from pipeflow.values import Count, Index, Value
+
+Partitioner: TypeAlias = Callable[[PartitionProblem], Partition]
 
 
 class PartitionReport(Value):
@@ -41,9 +43,14 @@ class PartitionReport(Value):
         partitioner: what found it.
         stages: the layers of each stage, in order.
         replicas: of each stage.
-        devices: of each stage; those of the innermost level of links are consecutive.
+        devices: of each stage; those of the innermost level of links are consecutive. With several chunks
+            a device stands at several stages.
         degrees: how many devices share each of a stage's replicas (tensor parallelism).
         variants: of each stage, the way in which each of its layers runs; empty where there is only one.
+        chunks: how many stages a device may hold (virtual stages).
+        contiguous_objective: of the same problem with one stage on a device, as the same partitioner cuts
+            it; None where it has no such partition.
+        gain_over_contiguous: 1 - objective / contiguous_objective: what several chunks gain; never below 0.
     """
 
     objective: float
@@ -56,6 +63,9 @@ class PartitionReport(Value):
     devices: tuple[tuple[Index, ...], ...]
     degrees: tuple[Count, ...]
     variants: tuple[tuple[str, ...], ...]
+    chunks: Count
+    contiguous_objective: float | None
+    gain_over_contiguous: float | None
 
 
 def partition(
@@ -67,12 +77,13 @@ def partition(
     memory_bytes: int | None = None,
     bandwidth: float | Sequence[float] | None = None,
     latency: float = 0.0,
-    partitioner: str | Callable[[PartitionProblem], Partition] = "auto",
+    partitioner: str | Partitioner = "auto",
     num_stages: int | None = None,
     max_stages: int | None = None,
     replicas: tuple[int, ...] | None = None,
     max_replicas: int | None = None,
     num_microbatches: int | None = None,
+    chunks: int = 1,
     pins: Pins | None = None,
     transfers: Transfers | None = None,
     shared: Literal["together", "copies"] = "together",
@@ -88,11 +99,14 @@ def partition(
             `latency`.
         memory_bytes: of one device; by default the file's limit.
         bandwidth: of every link in bytes per second, or of the links of each level; by default the
-            file's, or else unlimited.
+            file's, or else unlimited. Refused for a file that gives times of transfers.
         latency: of every link in seconds.
         partitioner: a name in `PARTITIONERS`, or a function.
         num_stages, max_stages, replicas, max_replicas, num_microbatches: as in
             `PartitionProblem`; formats without gradients to reduce allow one replica.
+        chunks: how many stages a device may hold: with more than 1, stages go round the devices so often,
+            as interleaved schedules place them. The partitioner finds contiguous stages, and virtual
+            ones of one replica each are looked for from there; the report says what they gain.
         pins: layers that must be somewhere, together or apart.
         transfers: how they count beside compute, as in `PartitionProblem`; by default as the format's
             own planner counts them.
@@ -123,22 +137,11 @@ def partition(
         max_replicas=1 if profile.memory == "sizes" else max_replicas,
         transfers=problem.transfers if transfers is None else transfers,
     )
-    if isinstance(partitioner, str):
-        if partitioner not in PARTITIONERS:
-            raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
-        partitioner = PARTITIONERS[partitioner]
     begin = time.perf_counter()
-    try:
-        found = partitioner(problem)
-    except Infeasible as error:
-        raise explained(problem, error) from None
-    if not isinstance(found, Partition):
-        raise PlanError(
-            f"the partitioner gave a {type(found).__name__}; it must return a Partition, or raise Infeasible where "
-            "there is none"
-        )
+    contiguous, found = _solve(replace(problem, chunks=chunks), _function(partitioner))
     seconds = time.perf_counter() - begin
     unit, certificate = profile.seconds_per_unit, found.certificate
+    before = None if contiguous is None else contiguous.certificate.objective
     return PartitionReport(
         objective=certificate.objective / unit,
         lower_bound=certificate.lower_bound / unit,
@@ -150,7 +153,43 @@ def partition(
         devices=tuple(stage.devices for stage in found.stages),
         degrees=tuple(stage.degree for stage in found.stages),
         variants=tuple(stage.variants for stage in found.stages),
+        chunks=chunks,
+        contiguous_objective=None if before is None else before / unit,
+        gain_over_contiguous=None if before is None else 1 - certificate.objective / before if before else 0.0,
     )
+
+
+def _function(partitioner: str | Partitioner) -> Partitioner:
+    if not isinstance(partitioner, str):
+        return partitioner
+    if partitioner not in PARTITIONERS:
+        raise PlanError(f"{partitioner!r} is no partitioner; known are {', '.join(PARTITIONERS)}")
+    return PARTITIONERS[partitioner]
+
+
+def _solve(problem: PartitionProblem, partitioner: Partitioner) -> tuple[Partition | None, Partition]:
+    """The contiguous partition, where there is one, and the partition with the problem's chunks."""
+    require_room(problem)
+    one = replace(problem, chunks=1)
+    contiguous, failure = None, None
+    try:
+        contiguous = partitioner(one)
+    except Infeasible as error:  # what fits no device as one stage may fit it as two
+        failure = error
+    if failure is None and not isinstance(contiguous, Partition):
+        raise PlanError(
+            f"the partitioner gave a {type(contiguous).__name__}; it must return a Partition, or raise Infeasible "
+            "where there is none"
+        )
+    found = contiguous
+    if problem.chunks > 1:
+        from pipeflow.partitioners.auto import has_solver
+
+        found = interleave(problem, contiguous, use_solver=has_solver())
+    if found is None:
+        assert failure is not None, "no partition and no reason"
+        raise explained(one, failure) from None
+    return contiguous, found
 
 
 def read_profile(source: GraphCosts | Profile | str | os.PathLike[str], format: str = "pipeflow") -> Profile:
@@ -190,26 +229,15 @@ def problem_of(
     if profile.unsupported:
         names = ", ".join(profile.unsupported[:4])
         raise Infeasible([f"layers {names} run on no accelerator; the file says so, and there are no other devices"])
-    if cluster is None:
-        count = num_devices or profile.num_devices
-        if count is None:
-            raise PlanError("the number of devices is not known; give num_devices or a cluster")
-        cluster = _cluster(
-            count,
-            profile.memory_bytes if memory_bytes is None else memory_bytes,
-            bandwidth or profile.bandwidth,
-            latency,
-        )
-    elif num_devices is not None or memory_bytes is not None or bandwidth is not None:
-        raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
-    count = num_microbatches or profile.num_microbatches
+    cluster = _cluster_of(profile, num_devices, cluster, memory_bytes, bandwidth, latency)
+    count = profile.num_microbatches if num_microbatches is None else num_microbatches
     if count is None and profile.reduce_every == "microbatch":
         # A stream without end: any number of replicas gets equal shares.
         count = math.lcm(*range(1, cluster.num_devices + 1))
     problem = PartitionProblem(
         costs=profile.costs,
         cluster=cluster,
-        num_microbatches=count or 1,
+        num_microbatches=1 if count is None else count,
         unordered=frozenset(profile.unordered),
         fan_out="tensor" if profile.sends_once else "stage",
         transfers=profile.transfers,
@@ -219,6 +247,7 @@ def problem_of(
         nested=profile.nested and len(cluster.levels) > 1,
         gradient_ratio=min(1.0, profile.state_ratio),
         optimizer_ratio=max(0.0, profile.state_ratio - 1),
+        unit_bytes=profile.unit_bytes,
     )
     match profile.memory:
         case "training":
@@ -247,20 +276,40 @@ def problem_of(
             assert_never(profile.memory)
 
 
-def _cluster(
-    counts: int | Sequence[int], memory: int | None, bandwidths: float | Sequence[float] | None, latency: float
+def _cluster_of(
+    profile: Profile,
+    num_devices: int | Sequence[int] | None,
+    cluster: Cluster | None,
+    memory_bytes: int | None,
+    bandwidth: float | Sequence[float] | None,
+    latency: float,
 ) -> Cluster:
-    """Alike devices, with a level of links for each count."""
-    counts = (counts,) if isinstance(counts, int) else tuple(counts)
-    each = bandwidths if isinstance(bandwidths, Sequence) else (bandwidths,) * len(counts)
-    if len(each) != len(counts) or not counts or min(counts) < 1:
+    """The devices, with bytes counted as the costs count them."""
+    if cluster is not None:
+        if num_devices is not None or memory_bytes is not None or bandwidth is not None:
+            raise PlanError("a cluster and num_devices, memory_bytes or bandwidth; give the one or the others")
+        given = [b for b in (*(v.bandwidth for v in cluster.levels), *(k.bandwidth for k in cluster.links)) if b]
+        cluster = in_units(cluster, profile.unit_bytes)
+        if not profile.times_transfers:
+            return cluster
+        _refuse_bandwidths(given)
+        return with_bandwidth(cluster, profile.bandwidth)
+    count = profile.num_devices if num_devices is None else num_devices
+    if count is None:
+        raise PlanError("the number of devices is not known; give num_devices or a cluster")
+    if profile.times_transfers:
+        _refuse_bandwidths([] if bandwidth is None else [bandwidth])
+    alike = in_units(
+        alike_devices(count, memory_bytes=memory_bytes, bandwidth=bandwidth, latency=latency), profile.unit_bytes
+    )
+    if memory_bytes is None:
+        changed = {"memory_bytes": profile.memory_bytes}
+        alike = alike.model_copy(update={"devices": tuple(d.model_copy(update=changed) for d in alike.devices)})
+    return alike if bandwidth is not None else with_bandwidth(alike, profile.bandwidth)
+
+
+def _refuse_bandwidths(given: Sequence[object]) -> None:
+    if given:
         raise PlanError(
-            f"num_devices={counts} and bandwidth={tuple(each)}; give a number of at least 1 for each level of "
-            "links, and one bandwidth for all or for each"
+            f"bandwidth={given[0]}, but the file says how long its transfers take, whatever the links are; leave it out"
         )
-    total = math.prod(counts)
-    levels: dict[int, Level] = {}
-    for size, bandwidth in zip(accumulate(counts, operator.mul), each, strict=True):
-        levels.setdefault(size, Level(size=size, bandwidth=bandwidth, latency=latency))
-    devices = tuple(Device(name=f"device:{i}", memory_bytes=memory) for i in range(total))
-    return Cluster(devices=devices, levels=tuple(levels.values()))

@@ -18,7 +18,7 @@ from pipeflow.partitioners.objective import StageTerms
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.plan_problem import problem_of_plan
-from pipeflow.units import format_bytes, format_seconds
+from pipeflow.units import format_bytes, format_seconds, one_line
 
 if TYPE_CHECKING:
     from pipeflow.execution_plan import Plan
@@ -80,7 +80,7 @@ class PlanExplanation:
         largest = sorted(cut.moves, key=lambda move: -move.seconds)[:4]
         for move in largest:
             back = f" + {format_bytes(move.gradient_bytes)} back" if move.gradient_bytes else ""
-            yield f"  {move.tensor}: {format_bytes(move.bytes)}{back}, {format_seconds(move.seconds)}"
+            yield f"  {one_line(move.tensor)}: {format_bytes(move.bytes)}{back}, {format_seconds(move.seconds)}"
         if len(cut.moves) > len(largest):
             yield f"  and {_numbered('other', len(cut.moves) - len(largest))}"
         yield f"  one layer earlier: {self._shift(cut.earlier, cut.before)}"
@@ -90,7 +90,7 @@ class PlanExplanation:
         if shift is None:
             return f"stage {stage} has nothing to give"
         if shift.obstacle:
-            return f"{_span(shift.layers)} may not move: {shift.obstacle}"
+            return f"{_span(shift.layers)} may not move: {one_line(shift.obstacle)}"
         return f"{_span(shift.layers)} moves, {format_seconds(shift.seconds)} {self._change(shift.seconds)}"
 
     def _change(self, seconds: float) -> str:
@@ -137,4 +137,5 @@ def _numbered(noun: str, count: int) -> str:
 
 
 def _span(names: tuple[str, ...]) -> str:
-    return ", ".join(names) if len(names) < 3 else f"{names[0]} .. {names[-1]} ({len(names)} layers)"
+    shown = [one_line(name) for name in (names if len(names) < 3 else (names[0], names[-1]))]
+    return ", ".join(shown) if len(names) < 3 else f"{shown[0]} .. {shown[1]} ({len(names)} layers)"

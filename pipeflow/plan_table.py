@@ -14,7 +14,7 @@ from pipeflow.partitioners.explain import bottleneck_of
 from pipeflow.partitioners.objective import stage_terms
 from pipeflow.partitioners.partition import Stage
 from pipeflow.plan_problem import problem_of_plan
-from pipeflow.units import format_bytes, format_seconds
+from pipeflow.units import format_bytes, format_seconds, one_line
 
 if TYPE_CHECKING:
     from pipeflow.execution_plan import Plan
@@ -85,4 +85,5 @@ def _layers(names: Sequence[str]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"...{name[-21:]}"
+    shown = one_line(name)
+    return shown if len(shown) <= 24 else f"...{shown[-21:]}"

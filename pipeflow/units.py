@@ -1,4 +1,4 @@
-"""Quantities as people write and read them. Bytes are binary (KiB); seconds and flops decimal."""
+"""Quantities, and names, as people write and read them. Bytes are binary (KiB); seconds and flops decimal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def format_bytes(amount: float) -> str:
     size = float(amount)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+            return f"{size:.0f} B" if unit == "B" and size == int(size) else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
 
@@ -64,3 +64,14 @@ def format_seconds(amount: float) -> str:
         if abs(amount) >= factor:
             return f"{amount / factor:.3g} {unit}"
     return f"{amount / 1e-9:.3g} ns"
+
+
+def one_line(text: str) -> str:
+    r"""The text with what would end its line, or cannot be seen, escaped.
+
+    >>> one_line("two\nlines")
+    'two\\nlines'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeflow.errors import PipeflowError
+from pipeflow.units import one_line
 
 Count = Annotated[int, Field(ge=1)]
 """A number of things there is at least one of."""
@@ -122,7 +123,7 @@ def told(error: ValidationError) -> str:
 
 
 def _told(detail: Any) -> str:
-    key = ".".join(map(str, detail["loc"]))
+    key = one_line(".".join(map(str, detail["loc"])))
     cause = detail.get("ctx", {}).get("error")
     rule = str(cause) if cause is not None else f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"
     if detail["type"] == "missing" or isinstance(cause, PipeflowError):  # which says what it saw

@@ -10,6 +10,7 @@ import pipeflow as pf
 from pipeflow.errors import Infeasible, PlanError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.costs import GraphCosts, LayerCosts, TensorCosts
+from pipeflow.iteration_search import shorten
 from pipeflow.partitioners.certify import certified
 from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.neighbours import neighbours
@@ -113,3 +114,21 @@ def test_pins_are_kept() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(PlanError, match="objective='speed'; give 'bottleneck' or 'iteration'"):
         pf.plan(None, line(1, 1), Cluster.uniform(2), batch_size=2, objective="speed")  # type: ignore[arg-type]  # that it fails is the test
+
+
+def test_a_neighbour_that_cannot_be_lowered_is_passed_over() -> None:
+    """It once ended the whole search, though the plan to begin with is fine."""
+    costs = line(15, 3, 12, out=(1000, 0, 0))
+    cluster = Cluster.uniform(2, bandwidth=1000.0)
+    plan = pf.plan(None, costs, cluster, batch_size=2, num_microbatches=2, max_replicas=1, schedule="1f1b")
+    problem = PartitionProblem(costs=plan.costs, cluster=cluster, num_microbatches=2, max_replicas=1)
+
+    def price(candidate: Plan) -> tuple[float, int, int, int]:
+        if len(candidate.stages) != 2:
+            raise PlanError("this schedule is for two stages")
+        return simulate(candidate).makespan, 2, 2, 0
+
+    assert any(len(stages) != 2 for stages in neighbours(problem, plan.stages))
+    found, rank = shorten(plan, price(plan), problem, price)
+    assert len(found.stages) == 2
+    assert rank < price(plan)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from pipeflow.errors import FormatError
-from pipeflow.graphs.costs import GraphCosts
-from pipeflow.graphs.formats.profile import Profile
-from pipeflow.values import read_value
+from pipeflow.graphs.costs import GraphCosts, LayerCosts
+from pipeflow.graphs.formats.profile import Profile, refusing
+from pipeflow.values import as_value, read_json, told
+
+_WHAT = "a file of pipeflow costs"
 
 
 def read(path: Path) -> Profile:
@@ -16,5 +21,21 @@ def read(path: Path) -> Profile:
     Raises:
         FormatError: the file is not what it should be; the message names the key.
     """
-    costs = read_value(GraphCosts, path, what="a file of pipeflow costs", error=FormatError)
-    return Profile(format="pipeflow", costs=costs)
+    with refusing(path, _WHAT):
+        document = read_json(path, what=_WHAT, error=FormatError)
+        if isinstance(document, dict) and isinstance(document.get("layers"), list):
+            _check_layers(document["layers"])
+        costs = as_value(GraphCosts, document, path, what=_WHAT, error=FormatError)
+        if not costs.layers:
+            raise FormatError("layers=[]; a graph has at least one layer")
+        return Profile(format="pipeflow", costs=costs)
+
+
+def _check_layers(layers: list[Any]) -> None:
+    """What is wrong inside a layer is told with the layer's name, which its position in the list is not."""
+    for index, layer in enumerate(layers):
+        name = layer.get("name", f"number {index}") if isinstance(layer, dict) else f"number {index}"
+        try:
+            LayerCosts.model_validate(layer)
+        except ValidationError as error:
+            raise FormatError(f"layer {name}: {told(error)}") from error

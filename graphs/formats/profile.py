@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from pipeflow.errors import FormatError
 from pipeflow.graphs.costs import GraphCosts
-from pipeflow.values import Bytes, Count, Value
+from pipeflow.values import Bytes, Count, Value, told
 
 
 class Profile(Value):
@@ -23,8 +23,12 @@ class Profile(Value):
         seconds_per_unit: the unit of time in which the file counts.
         num_devices: that the file is meant for.
         memory_bytes: of one device.
+        unit_bytes: the bytes that one of the costs' bytes stands for: less than 1 where the file has
+            fractions of them. `memory_bytes` and `bandwidth` count in it too.
         bandwidth: of the links, where the file gives it, or for which tensor bytes were made up
             from transfer times.
+        times_transfers: whether the file gives times of transfers instead of bytes, so that no other
+            bandwidth makes sense.
         unordered: layers that the order of stages does not bind (backward nodes of a training graph).
         unsupported: layers that the file's accelerators cannot run.
         memory: what a device has to hold: parameters with gradients, optimizer state and activations
@@ -45,7 +49,9 @@ class Profile(Value):
     seconds_per_unit: float = Field(default=1.0, gt=0)
     num_devices: Count | None = None
     memory_bytes: Bytes | None = None
+    unit_bytes: float = Field(default=1.0, gt=0, le=1)
     bandwidth: float | None = Field(default=None, gt=0)
+    times_transfers: bool = False
     unordered: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     memory: Literal["training", "sizes", "stashes", "variants"] = "training"
@@ -69,8 +75,8 @@ def refusing(path: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except FormatError:
-        raise
+    except FormatError as error:
+        raise error if str(path) in str(error) else FormatError(f"{path} is not {what}: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        story = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        story = told(error) if isinstance(error, ValidationError) else str(error)
         raise FormatError(f"{path} is not {what}: {story}") from error

@@ -1,7 +1,8 @@
 """The command line. This module knows the commands' names and first lines, and loads nothing else.
 
 Exit codes: 0, done; 1, a negative result (no plan is feasible, a plan is refused, a run failed);
-2, a wrong call or a file that is not what it should be.
+2, a wrong call or a file that is not what it should be; 70, a defect of pipeflow (EX_SOFTWARE), with its
+traceback.
 
 One file per command; each has a click command named `command`. A new one is one file and one
 row in `COMMANDS`.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from traceback import format_exc
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +35,10 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 
 class _NegativeResult(click.ClickException):
     exit_code = 1
+
+
+class _Defect(click.ClickException):
+    exit_code = 70
 
 
 class _WrongInput(click.ClickException):
@@ -60,10 +66,19 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except PipeflowError as error:
-            if ctx.params["traceback"]:
-                raise
             negative = isinstance(error, Infeasible | VerificationError | EngineError)
-            raise (_NegativeResult if negative else _WrongInput)(str(error)) from error
+            if not ctx.params["traceback"]:
+                raise (_NegativeResult if negative else _WrongInput)(str(error)) from error
+            if negative:
+                raise  # Python's own exit code is that of a negative result
+            raise _WrongInput(f"{error}\n\n{format_exc()}") from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:  # Python would exit with 1, which means a negative result
+            raise _Defect(
+                f"{type(error).__name__}: {error}\n\n{format_exc()}\nThis is a defect of pipeflow "
+                f"{pipeflow.__version__}, unless the last lines are of your own code; please report it with the command"
+            ) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,7 +87,8 @@ class _Commands(click.Group):
 def cli(traceback: bool) -> None:
     """Cuts any layer graph over the devices there are, proves the plan, and trains it as on one device.
 
-    Exit codes: 0 done; 1 a negative result (infeasible, refused, failed); 2 a wrong call or file.
+    Exit codes: 0 done; 1 a negative result (infeasible, refused, failed); 2 a wrong call or file;
+    70 a defect of pipeflow, shown with its traceback.
     """
 
 

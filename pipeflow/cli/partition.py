@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     "--replicas", type=parse_counts, metavar="N,N,...", help="Replicas of each stage in turn, for example 2,1."
 )
 @click.option("--max-replicas", type=click.IntRange(min=1), help="At most so many of any stage; 1 forbids them.")
+@click.option(
+    "--chunks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many stages a device may hold (virtual stages, as interleaved schedules place them); what that gains "
+    "over contiguous stages is told.",
+)
 @click.option("--partitioner", default="auto", show_default=True, help=f"One of {', '.join(PARTITIONERS)}.")
 @click.option(
     "--transfers",
@@ -75,6 +83,7 @@ def command(
     max_stages: int | None,
     replicas: tuple[int, ...] | None,
     max_replicas: int | None,
+    chunks: int,
     partitioner: str,
     transfers: Transfers | None,
     as_json: bool,
@@ -100,6 +109,7 @@ def command(
             max_stages=max_stages,
             replicas=replicas,
             max_replicas=max_replicas,
+            chunks=chunks,
             partitioner=partitioner,
             transfers=transfers,
             pins=pins,
@@ -121,9 +131,29 @@ def _table(found: PartitionReport) -> Table:
             f"{found.partitioner}: bottleneck {found.objective:.6g} per micro-batch, lower bound "
             f"{found.lower_bound:.6g}, gap {found.gap:.1%}, found in {found.seconds:.3g} s"
         ),
-        headings=(">stage", ">replicas", ">layers", "from", "to"),
+        headings=(">stage", "devices", ">replicas", ">layers", "from", "to"),
         rows=tuple(
-            (str(index), str(count), str(len(layers)), layers[0], layers[-1])
-            for index, (layers, count) in enumerate(zip(found.stages, found.replicas, strict=True))
+            (str(index), _devices(devices), str(count), str(len(layers)), layers[0], layers[-1])
+            for index, (layers, count, devices) in enumerate(
+                zip(found.stages, found.replicas, found.devices, strict=True)
+            )
         ),
+        notes=(_gain(found),) if found.chunks > 1 else (),
+    )
+
+
+def _devices(devices: tuple[int, ...]) -> str:
+    first, last = devices[0], devices[-1]
+    runs = devices == tuple(range(first, last + 1))
+    return f"{first}..{last}" if runs and len(devices) > 2 else ", ".join(map(str, devices))
+
+
+def _gain(found: PartitionReport) -> str:
+    """What several chunks on a device gain, in a sentence."""
+    most = f"up to {found.chunks} stages on a device"
+    if found.contiguous_objective is None or found.gain_over_contiguous is None:
+        return f"{most}: {found.objective:.6g}; contiguous stages do not fit"
+    return (
+        f"{most}: {found.objective:.6g}, against {found.contiguous_objective:.6g} with contiguous stages, a gain of "
+        f"{found.gain_over_contiguous:.1%}"
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import IO
 
+from pipeflow.units import one_line
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -17,7 +19,8 @@ class Table:
         title: one line above; "" for none.
         headings: of the columns. One that starts with ">" is aligned right, for numbers. Where all
             are empty none is shown.
-        rows: as many cells each as there are headings.
+        rows: as many cells each as there are headings. What would end the line of a cell, or of the title, is
+            escaped: names come from anywhere.
         notes: lines below.
     """
 
@@ -38,7 +41,8 @@ def print_table(table: Table, stream: IO[str]) -> None:
 def plain(table: Table) -> str:
     """The table as text: columns two spaces apart, no cell cut or wrapped, no line ending in spaces."""
     shown = any(table.headings)
-    rows = [tuple(h.removeprefix(">") for h in table.headings)] * shown + list(table.rows)
+    cells = [tuple(map(one_line, row)) for row in table.rows]
+    rows = [tuple(h.removeprefix(">") for h in table.headings)] * shown + cells
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(table.headings))]
     lines = [
         "  ".join(
@@ -47,7 +51,7 @@ def plain(table: Table) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*([table.title] if table.title else []), *lines, *table.notes])
+    return "\n".join([*([one_line(table.title)] if table.title else []), *lines, *table.notes])
 
 
 def _print_ruled(table: Table, stream: IO[str]) -> None:
@@ -60,9 +64,9 @@ def _print_ruled(table: Table, stream: IO[str]) -> None:
     for heading in table.headings:
         drawn.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(one_line, row))
     if table.title:
-        console.print(table.title, style="bold")
+        console.print(one_line(table.title), style="bold")
     console.print(drawn)
     for note in table.notes:
         console.print(note)

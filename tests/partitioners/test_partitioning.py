@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeflow.graphs.formats import FORMATS
 from pipeflow.graphs.formats.profile import Profile
 from pipeflow.partitioners import PARTITIONERS
 from pipeflow.partitioners.bounds import cut_bound
+from pipeflow.partitioners.cluster import Cluster
 from pipeflow.partitioners.exhaustive import exhaustive
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.problem import PartitionProblem
@@ -64,6 +66,9 @@ def test_report_is_in_the_units_of_the_file() -> None:
         "devices",
         "degrees",
         "variants",
+        "chunks",
+        "contiguous_objective",
+        "gain_over_contiguous",
     }
     assert sorted(n for stage in report.stages for n in stage) == list("abcd")
     assert partition(COSTS, num_devices=2, max_replicas=1, partitioner=PARTITIONERS["uniform"]).partitioner == "uniform"
@@ -111,3 +116,38 @@ def test_memory_that_cannot_suffice_is_told() -> None:
     assert FORMATS["dnn-partitioning"](path).memory_bytes == 17185374208
     with pytest.raises(Infeasible, match=r"lack 4.1 GiB"):
         partition(path, format="dnn-partitioning", num_devices=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "story"),
+    [
+        ({"num_devices": 0}, r"num_devices=\(0,\)"),
+        ({"num_devices": 1.5}, r"num_devices=\(1.5,\)"),
+        ({"bandwidth": 0}, "bandwidth=0; give bytes per second"),
+        ({"bandwidth": math.nan}, "bandwidth=nan; give bytes per second"),
+        ({"memory_bytes": -1}, "memory_bytes=-1; give a finite number"),
+        ({"memory_bytes": math.inf}, "memory_bytes=inf; give a finite number"),
+        ({"latency": -1.0}, "latency=-1.0; give seconds"),
+        ({"num_microbatches": 0}, "num_microbatches=0; it must be at least 1"),
+        ({"num_stages": 1.5}, "num_stages=1.5; it must be at least 1, and a whole number"),
+        ({"transfers": "slow"}, "transfers='slow'; known are added"),
+    ],
+)
+def test_amounts_that_make_no_sense_are_refused(options: dict[str, object], story: str) -> None:
+    arguments: dict[str, object] = {"num_devices": 2, **options}
+    with pytest.raises(PlanError, match=story):
+        partition(GraphCosts(layers=(LayerCosts(name="a"),)), **arguments)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_links_do_not_change_transfers_that_a_file_gives_as_times(tmp_path: Path) -> None:
+    """Bytes are made up for them; any other bandwidth, or none, would silently give other times."""
+    nodes = [{"id": i, "supportedOnFpga": 1, "fpgaLatency": 4.0, "isBackwardNode": 0, "size": 1.0} for i in (0, 1)]
+    edges = [{"sourceId": 0, "destId": 1, "cost": 3.0}]
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps({"maxSizePerFPGA": 2.0, "maxFPGAs": 2, "nodes": nodes, "edges": edges}))
+    for cluster in (None, Cluster.uniform(2), Cluster(devices=Cluster.uniform(2).devices)):
+        report = partition(path, format="dnn-partitioning", cluster=cluster)
+        assert report.objective == pytest.approx(7.0)
+    for options in ({"bandwidth": 1e9}, {"cluster": Cluster.uniform(2, bandwidth=1e9)}):
+        with pytest.raises(PlanError, match="how long its transfers take"):
+            partition(path, format="dnn-partitioning", **options)
