@@ -22,27 +22,25 @@ from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime import checkpoint
 from pipeflow.runtime.checkpoint import Progress
-from pipeflow.runtime.copies import find_copies
 from pipeflow.runtime.decoding import DecodeSession, check_decoding
-from pipeflow.runtime.devices import resolve_devices
-from pipeflow.runtime.distributed import is_launched
-from pipeflow.runtime.gradients import GradientPolicy, NonFinite
+from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
+from pipeflow.runtime.gradients import NonFinite
 from pipeflow.runtime.job import Job, Work
 from pipeflow.runtime.local_ranks import LocalRanks
 from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
+from pipeflow.runtime.meeting import Meeting, together
 from pipeflow.runtime.microbatch import Batch, MicroBatches
 from pipeflow.runtime.optimizers import follows_loss
-from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
+from pipeflow.runtime.parameter_groups import ParameterGroups
 from pipeflow.runtime.peak_bytes import PeakBytes
-from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.phases import OpenPhase
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import check_outputs, gather_outputs
-from pipeflow.runtime.prepared import in_types, prepare
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
 from pipeflow.runtime.result import StepResult
-from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
-from pipeflow.runtime.setup import Setup, join
+from pipeflow.runtime.running_statistics import BatchNormChoice
+from pipeflow.runtime.setup import Setup, join, make_setup
 from pipeflow.runtime.state import check_state, copy_into
 from pipeflow.runtime.threads import Exchange
 from pipeflow.runtime.transport import Aborted
@@ -90,8 +88,9 @@ class Engine(AbstractContextManager["Engine"]):
     Raises:
         PlanError: the plan is for another graph, or asks for what this version does not run.
         VerificationError: the plan would not run to its end.
-        PlanMismatch: the ranks hold different plans.
-        EngineError: a device is not there, or the job has another number of ranks than the plan.
+        PlanMismatch: the ranks hold different plans or settings; names them.
+        EngineError: an option is none or contradicts another, a device is not there, the job has another
+            number of ranks than the plan, or the engine could not be made on another rank.
     """
 
     def __init__(
@@ -113,7 +112,42 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        prepared = prepare(graph, plan, synchronised=check_choice(batch_norm) == "synchronised")
+        distributed = transport == "distributed" or (transport == "auto" and is_launched())
+        if distributed:
+            connect()
+        meeting = Meeting() if distributed else None
+
+        def set_up() -> Setup:
+            return make_setup(
+                graph,
+                plan,
+                optimizer,
+                lr_scheduler=lr_scheduler,
+                parameter_groups=parameter_groups,
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                nonfinite=nonfinite,
+                precision=precision,
+                batch_norm=batch_norm,
+                seed=seed,
+                devices=devices,
+                measure=measure,
+                num_ranks=None if meeting is None else meeting.num_ranks,
+            )
+
+        self._remote: DistributedTransport | None = None
+        try:
+            self._setup = setup = together(meeting, "make the engine", set_up)
+            self._exchange = Exchange(plan.num_ranks, plan.placement)
+            self._remote = None if meeting is None else join(setup, meeting)
+            ranks = tuple(range(plan.num_ranks)) if meeting is None else (meeting.rank,)
+            self._ranks = LocalRanks(setup, ranks, self._exchange, self._remote)
+        except BaseException:
+            if self._remote is not None:
+                self._remote.close()
+            elif meeting is not None:
+                meeting.close()
+            raise
         self.graph = graph
         self.plan = plan
         self._step = 0
@@ -121,40 +155,15 @@ class Engine(AbstractContextManager["Engine"]):
         self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
         self._failed: str | None = None
         self._open = OpenPhase(graph)
-        self._precision = precision or Precision()
-        scale = self._precision.loss_scale
+        self._precision = setup.precision
+        scale = setup.precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
-        distributed = transport == "distributed" or (transport == "auto" and is_launched())
-        own_devices = resolve_devices(plan, devices, distributed=distributed)
-        numerics = self._precision.numerics_on(own_devices)
-        self._setup = Setup(
-            graph=graph,
-            plan=plan,
-            prepared=in_types(prepared, numerics),
-            copies=find_copies(graph, plan),
-            optimizers=for_each_phase(graph, optimizer, "optimizer"),
-            schedulers=for_each_phase(graph, lr_scheduler, "lr_scheduler"),
-            groups=check_groups(parameter_groups, graph),
-            policy=GradientPolicy(
-                clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
-            ),
-            precision=self._precision,
-            numerics=numerics,
-            batch_norm=batch_norm,
-            seed=seed,
-            devices=own_devices,
-            measure=measure,
-        )
-        self._exchange = Exchange(plan.num_ranks, plan.placement)
-        self._remote = join(self._setup) if distributed else None
-        ranks = tuple(range(plan.num_ranks)) if self._remote is None else (self._remote.rank,)
         self._workers = Workers(ranks, num_threads=num_threads)
-        self._ranks = LocalRanks(self._setup, ranks, self._exchange, self._remote)
         self._has_followers = any(
             follows_loss(t.scheduler) for r in self._ranks.every_replica for t in r.training_by_phase.values()
         )
-        self._recorder = Recorder(plan, self._setup.prepared[None].peak_bytes_by_rank)
-        self._peaks = {rank: PeakBytes(own_devices[rank]) for rank in ranks}
+        self._recorder = Recorder(plan, setup.prepared[None].peak_bytes_by_rank)
+        self._peaks = {rank: PeakBytes(setup.devices[rank]) for rank in ranks}
 
     # --- running --------------------------------------------------------------------------
 

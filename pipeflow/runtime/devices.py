@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from pipeflow.errors import EngineError
 from pipeflow.execution_plan import Plan
@@ -21,12 +22,18 @@ def resolve_devices(
         distributed: whether each rank is a process of its own.
 
     Raises:
-        EngineError: another number of devices than ranks, or a GPU that the machine has not.
+        EngineError: another number of devices than ranks, or a device that the machine has not.
     """
     if devices is not None:
+        if isinstance(devices, str | torch.device):
+            raise EngineError(f"devices={devices!r}; give a list, one device for each of {plan.num_ranks} ranks")
         if len(devices) != plan.num_ranks:
             raise EngineError(f"{len(devices)} devices for {plan.num_ranks} ranks; give one for each")
-        return tuple(torch.device(d) for d in devices)
+        own = tuple(_device(d) for d in devices)
+        present = [own[dist.get_rank()]] if distributed else list(own)
+        for device in dict.fromkeys(present):
+            _check_present(device)
+        return own
     resolved = []
     for rank in range(plan.num_ranks):
         if plan.cluster.devices[rank].kind != "cuda":
@@ -41,3 +48,21 @@ def resolve_devices(
         local = int(os.environ.get("LOCAL_RANK", rank)) if distributed else rank
         resolved.append(torch.device("cuda", local % count))
     return tuple(resolved)
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise EngineError(f"{given!r} among devices= is no device of torch: {error}") from None
+
+
+def _check_present(device: torch.device) -> None:
+    """Whether this machine has it, and tensors on it have data."""
+    try:
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts it
+        raise EngineError(
+            f"{str(device)!r} among devices= is not there: {str(error).splitlines()[0]}; name devices that this machine has "
+            f"({torch.cuda.device_count()} CUDA devices)"
+        ) from None

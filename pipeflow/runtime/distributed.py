@@ -2,7 +2,7 @@
 
 One rank is one process. Data, gradient sums and agreement between ranks travel in process
 groups of their own, so that none waits behind another. Object collectives are not used: they
-unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
+unpickle what arrives.
 
 Over gloo, what goes to higher ranks and what goes to lower ones use two groups [3]: a connection
 has a lock, and gloo's thread spins on it when data arrives while the rank's own thread, which posts
@@ -19,7 +19,6 @@ to break a group, but a receive that times out closes all connections of its gro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -36,11 +35,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
+from pipeflow.errors import EngineError, LayerFailure
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
 from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
+from pipeflow.runtime.meeting import Meeting
 from pipeflow.runtime.transport import Aborted, Payload
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
@@ -183,11 +183,8 @@ class DistributedTransport:
         channels: (source, target) of every directed pair of ranks that talk, sorted.
         specs: of every tensor of the graph.
         sharing: by stages that hold copies of parameters, the ranks of all their replicas.
-        digest: of all that the ranks must agree on.
+        meeting: of all ranks, which hold the same settings.
         device: where this rank computes.
-
-    Raises:
-        PlanMismatch: the digests differ.
     """
 
     def __init__(
@@ -197,16 +194,16 @@ class DistributedTransport:
         specs: dict[str, TensorSpec],
         *,
         sharing: Mapping[tuple[int, ...], tuple[int, ...]],
-        digest: str,
+        meeting: Meeting,
         device: torch.device,
     ) -> None:
         self.rank = dist.get_rank()
         self._placement = placement
         self._specs = specs
         self._device = device
-        self._control = dist.new_group(backend="gloo")
-        self._check_digest(digest)
-        store = PrefixStore(f"engine/{digest}", dist.distributed_c10d._get_default_store())
+        self.meeting = meeting
+        self._control = meeting.group
+        store = PrefixStore("engines", dist.distributed_c10d._get_default_store())
         # An engine that follows a failed one must not read its record.
         self._store = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
         self._up, self._down = (dist.new_group(backend="gloo") for _ in range(2))  # [3]
@@ -234,18 +231,6 @@ class DistributedTransport:
 
     def _towards(self, source: int, target: int) -> Any:
         return self._up if source < target else self._down
-
-    def _check_digest(self, digest: str) -> None:
-        mine = torch.tensor(list(hashlib.sha256(digest.encode()).digest()), dtype=torch.uint8)
-        theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(theirs, mine, group=self._control)
-        digests = [bytes(t.tolist()).hex()[:12] for t in theirs]
-        if len(set(digests)) > 1:
-            listing = ", ".join(f"rank {r}: {d}" for r, d in enumerate(digests))
-            raise PlanMismatch(
-                f"the ranks hold different plans, graphs, seeds or initial settings ({listing}); plan on one rank "
-                "and share the plan (pipeflow.runtime.distributed.share_plan), or load it from one file"
-            )
 
     # --- payloads -------------------------------------------------------------------------
 

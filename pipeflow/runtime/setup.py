@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +12,17 @@ from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.program import Send
-from pipeflow.runtime.copies import Copies
-from pipeflow.runtime.distributed import DistributedTransport, connect
-from pipeflow.runtime.gradients import GradientPolicy
-from pipeflow.runtime.parameter_groups import Grouping
+from pipeflow.runtime.copies import Copies, find_copies
+from pipeflow.runtime.devices import resolve_devices
+from pipeflow.runtime.distributed import DistributedTransport
+from pipeflow.runtime.gradients import GradientPolicy, NonFinite
+from pipeflow.runtime.meeting import Meeting, check_same, plain_text
+from pipeflow.runtime.parameter_groups import Grouping, ParameterGroups, check_groups
+from pipeflow.runtime.phases import for_each_phase
 from pipeflow.runtime.precision import Precision
-from pipeflow.runtime.prepared import Prepared
+from pipeflow.runtime.prepared import Prepared, in_types, prepare
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
-from pipeflow.runtime.running_statistics import BatchNormChoice
+from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,33 +54,88 @@ class Setup:
     measure: bool
 
     @property
-    def digest(self) -> str:
-        """Of all that ranks must agree on."""
-        settings = [
-            self.plan.digest,
-            self.graph.digest,
-            self.seed,
-            bool(self.optimizers),
-            self.precision.digest,
-            self.batch_norm,
-        ]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    def settings(self) -> dict[str, str]:
+        """All that ranks must agree on, by the name of the option."""
+        phases = ", ".join(map(str, self.optimizers))
+        return {
+            "plan": self.plan.digest[:12],
+            "graph": f"{self.graph.name!r} {self.graph.digest[:12]}",
+            "optimizer": f"given for {phases}" if self.optimizers else "None",
+            "lr_scheduler": f"given for {', '.join(map(str, self.schedulers))}" if self.schedulers else "None",
+            "parameter_groups": plain_text(self.groups.options_by_pattern),
+            "clip_norm": plain_text(self.policy.clip_norm),
+            "clip_value": plain_text(self.policy.clip_value),
+            "nonfinite": plain_text(self.policy.nonfinite),
+            "precision": self.precision.model_dump_json(),
+            "batch_norm": self.batch_norm,
+            "seed": str(self.seed),
+            "measure": str(self.measure),
+        }
 
 
-def join(setup: Setup) -> DistributedTransport:
-    """Makes this process a rank of the job that it was launched in. Collective.
+def make_setup(
+    graph: LayerGraph,
+    plan: Plan,
+    optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
+    *,
+    lr_scheduler: SchedulerFactory | Mapping[str, SchedulerFactory] | None,
+    parameter_groups: ParameterGroups | None,
+    clip_norm: float | None,
+    clip_value: float | None,
+    nonfinite: NonFinite,
+    precision: Precision | None,
+    batch_norm: BatchNormChoice,
+    seed: int,
+    devices: Sequence[torch.device | str] | None,
+    measure: bool,
+    num_ranks: int | None,
+) -> Setup:
+    """The settings of an engine from what it is given, as `pipeflow.Engine` describes it.
+
+    Args:
+        num_ranks: of the job; None where all ranks are in this process.
 
     Raises:
-        EngineError: the job has another number of ranks than the plan.
+        PlanError: the plan is for another graph, or asks for what this version does not run.
+        VerificationError: the plan would not run to its end.
+        EngineError: an option is none, or contradicts another; or a device or rank is not there.
+    """
+    prepared = prepare(graph, plan, synchronised=check_choice(batch_norm) == "synchronised")
+    if num_ranks is not None:
+        check_job(plan, num_ranks)
+    precision = precision or Precision()
+    own_devices = resolve_devices(plan, devices, distributed=num_ranks is not None)
+    numerics = precision.numerics_on(own_devices)
+    return Setup(
+        graph=graph,
+        plan=plan,
+        prepared=in_types(prepared, numerics),
+        copies=find_copies(graph, plan),
+        optimizers=for_each_phase(graph, optimizer, "optimizer"),
+        schedulers=for_each_phase(graph, lr_scheduler, "lr_scheduler"),
+        groups=check_groups(parameter_groups, graph),
+        policy=GradientPolicy(
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            nonfinite=nonfinite,
+            loss_scaled=precision.loss_scale is not None,
+        ),
+        precision=precision,
+        numerics=numerics,
+        batch_norm=batch_norm,
+        seed=seed,
+        devices=own_devices,
+        measure=measure,
+    )
+
+
+def join(setup: Setup, meeting: Meeting) -> DistributedTransport:
+    """Makes this process a rank of the job. Collective.
+
+    Raises:
         PlanMismatch: the ranks hold different plans or settings.
     """
-    connect()
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if world_size != setup.plan.num_ranks:
-        raise EngineError(
-            f"the job has {world_size} ranks and the plan {setup.plan.num_ranks}; start with "
-            f"--nproc-per-node {setup.plan.num_ranks}, or plan for {world_size} devices"
-        )
+    check_same(meeting, setup.settings)
     channels = sorted(
         {
             (source, action.peer)
@@ -95,6 +151,15 @@ def join(setup: Setup) -> DistributedTransport:
         channels,
         dict(setup.prepared[None].graph.specs),
         sharing=setup.copies.ranks_by_stages(setup.plan.placement),
-        digest=setup.digest,
-        device=setup.devices[rank],
+        meeting=meeting,
+        device=setup.devices[meeting.rank],
     )
+
+
+def check_job(plan: Plan, num_ranks: int) -> None:
+    """Whether the job has as many ranks as the plan. Raises EngineError."""
+    if num_ranks != plan.num_ranks:
+        raise EngineError(
+            f"the job has {num_ranks} ranks and the plan {plan.num_ranks}; start with "
+            f"--nproc-per-node {plan.num_ranks}, or plan for {num_ranks} devices"
+        )
