@@ -17,14 +17,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -32,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from pipeflow.errors import CheckpointError
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.runtime.distributed import gather_texts
 from pipeflow.runtime.manifest import Manifest, file_digests, read_manifest, write_manifest
+from pipeflow.runtime.meeting import Meeting, by_text, together
 from pipeflow.runtime.optimizer_state import (
     check_training,
     optimizer_key,
@@ -43,8 +42,6 @@ from pipeflow.runtime.optimizer_state import (
 )
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.state import copy_into
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +67,27 @@ class _Part:
     entries: dict[str, dict[str, Any]]
 
 
-def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], progress: Progress) -> None:
-    """Writes a checkpoint. Collective where a process group is up.
+def save(
+    path: str | os.PathLike[str],
+    graph: LayerGraph,
+    replicas: Sequence[StageReplica],
+    progress: Progress,
+    meeting: Meeting | None = None,
+) -> None:
+    """Writes a checkpoint. Collective where there is a meeting.
 
     Args:
         path: a folder, new or empty, that all ranks reach.
         replicas: the stages that this process saves; over all processes, each stage once.
         progress: how far the training is.
+        meeting: of all ranks; None where there is one process.
 
     Raises:
         CheckpointError: the folder holds something already or cannot be written, or an optimizer's state is
-            nothing that can be saved.
+            nothing that can be saved; here or on another rank.
     """
     folder = Path(path)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = meeting is None or meeting.rank == 0
 
     def collect() -> _Part:
         if first:
@@ -92,11 +96,14 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
 
     def write() -> None:
         with _torch_errors(f"{folder} cannot be written"):
-            save_tensors(dict(part.tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+            tensors = dict(part.tensors)
+            save_tensors(tensors, checkpoint_id=folder, process_group=_group(meeting), no_dist=meeting is None)
 
-    part = _together(collect)
-    _together(write)
-    parts = [json.loads(text) for text in gather_texts(json.dumps(part.entries))]
+    what = f"save to {folder}"
+    part = together(meeting, what, collect, CheckpointError)
+    together(meeting, what, write, CheckpointError)
+    entries = json.dumps(part.entries)
+    parts = [json.loads(text) for text in ([entries] if meeting is None else meeting.hear(entries))]
 
     def conclude() -> None:
         if first:
@@ -111,7 +118,7 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
             }
             write_manifest(folder, Manifest.model_validate(entries | merged))
 
-    _together(conclude)  # nobody returns before the manifest is there
+    together(meeting, what, conclude, CheckpointError)  # nobody returns before the manifest is there
 
 
 def _check_new(folder: Path) -> None:
@@ -138,12 +145,18 @@ def _collect(replicas: Iterable[StageReplica]) -> _Part:
     return _Part(tensors, {"tensors": saved, "trained": trained, "schedulers": schedulers})
 
 
-def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> Progress:
+def load(
+    path: str | os.PathLike[str],
+    graph: LayerGraph,
+    replicas: Iterable[StageReplica],
+    meeting: Meeting | None = None,
+) -> Progress:
     """Reads a checkpoint into stages, whatever plan it was written under. Collective as `save`.
 
     Args:
         path: the folder.
         replicas: all stages that this process holds.
+        meeting: of all ranks; None where there is one process.
 
     Returns:
         How far the training was when it was written.
@@ -153,9 +166,12 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
             is of another model, optimizer or scheduler. Nothing has changed then, on any rank.
     """
     folder, held = Path(path), list(replicas)
-    manifest = _together(lambda: _check(read_manifest(folder), folder, graph, held))
+    what = f"load {folder}"
+    manifest = together(meeting, what, lambda: _check(read_manifest(folder), folder, graph, held), CheckpointError)
+    if meeting is not None:
+        _check_one(meeting, folder, manifest)
     names = {name for replica in held for name in replica.tensors()}
-    tensors = _together(lambda: _read(folder, manifest, names))
+    tensors = together(meeting, what, lambda: _read(folder, manifest, names, meeting), CheckpointError)
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     for replica in held:
         copy_into(replica.tensors(), model)
@@ -187,7 +203,17 @@ def _check(manifest: Manifest, folder: Path, graph: LayerGraph, replicas: Iterab
     return manifest
 
 
-def _read(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+def _check_one(meeting: Meeting, folder: Path, manifest: Manifest) -> None:
+    """Whether all ranks are about to load the same checkpoint: each may have a folder of its own."""
+    seals = dict(enumerate(meeting.hear(manifest.sha256)))
+    if len(set(seals.values())) > 1:
+        listing = ", ".join(f"{seal[:12]} on {ranks}" for seal, ranks in by_text(seals))
+        raise CheckpointError(
+            f"the ranks are given different checkpoints, {listing}, here in {folder}; give all the same, or copies"
+        )
+
+
+def _read(folder: Path, manifest: Manifest, names: Iterable[str], meeting: Meeting | None) -> dict[str, Tensor]:
     """The checkpoint's tensors for the parameters and buffers of these names, by key."""
     with _torch_errors(f"{folder} cannot be read"):
         wanted = {
@@ -195,7 +221,7 @@ def _read(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, T
             for key, saved in manifest.tensors.items()
             if _parameter_of(key, names) is not None
         }
-        load_tensors(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        load_tensors(wanted, checkpoint_id=folder, process_group=_group(meeting), no_dist=meeting is None)
     return wanted
 
 
@@ -208,20 +234,9 @@ def _parameter_of(key: str, names: Iterable[str]) -> str | None:
     return name if name in names else None
 
 
-def _together(work: Callable[[], _T]) -> _T:
-    """What the work gives, once it is done on every rank.
-
-    Raises:
-        CheckpointError: it failed on one of them; then it has on all, so that none waits for another.
-    """
-    cause, problem = None, ""
-    try:
-        result = work()
-    except Exception as error:
-        cause, problem = error, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    if problem := next(filter(None, gather_texts(problem)), ""):
-        raise CheckpointError(problem) from cause
-    return result
+def _group(meeting: Meeting | None) -> Any:
+    """The group over which torch's reader and writer agree."""
+    return None if meeting is None else meeting.group
 
 
 @contextmanager

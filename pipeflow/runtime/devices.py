@@ -62,7 +62,8 @@ def _check_present(device: torch.device) -> None:
     try:
         torch.empty(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts it
+        why = str(error).splitlines()[0]
         raise EngineError(
-            f"{str(device)!r} among devices= is not there: {str(error).splitlines()[0]}; name devices that this machine has "
+            f"{str(device)!r} among devices= is not there: {why}; name devices that this machine has "
             f"({torch.cuda.device_count()} CUDA devices)"
         ) from None

@@ -8,9 +8,9 @@ Over gloo, what goes to higher ranks and what goes to lower ones use two groups 
 has a lock, and gloo's thread spins on it when data arrives while the rank's own thread, which posts
 a send, holds it and is not running. On two cores that took half of a step of small layers.
 
-Messages are tagged with how large the micro-batches are, so that ranks which disagree about that
-never take each other's data but wait; a watch on each rank, which costs a step nothing, then
-compares what they have through the store and breaks the groups [2].
+Messages are tagged with the call that they belong to (`pipeflow.runtime.call`), so that ranks which
+are asked for different things never take each other's data but wait; a watch on each rank, which
+costs a step nothing, then compares what they are asked for and breaks the groups [2].
 
 When a rank fails it writes what happened to the store and breaks its groups; its peers' waits
 then raise within milliseconds, they read the record, and break theirs in turn. gloo has no call
@@ -19,16 +19,14 @@ to break a group, but a receive that times out closes all connections of its gro
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,16 +37,18 @@ from pipeflow.errors import EngineError, LayerFailure
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
-from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
+from pipeflow.runtime.board import Board
+from pipeflow.runtime.call import Call
+from pipeflow.runtime.cut import LengthPairs, even_cut
 from pipeflow.runtime.meeting import Meeting
 from pipeflow.runtime.transport import Aborted, Payload
+from pipeflow.runtime.watch import Watch
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
 _ABORT_TAG = (1 << 31) - 1
-_SHARE_TAG = 0
-_EXCHANGE_TAG = (1 << 31) - 2
+_SHARE_TAG = 1 << 29  # added to a call's, which are below
+_EXCHANGE_TAG = 1 << 30
 _DIRECT_RANKS = 8  # up to so many ranks share losses directly, more by an all-reduce
-_WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
 _REMEMBERED = 1 << 16  # shapes that are kept; then all are worked out anew
 _RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
 
@@ -104,13 +104,6 @@ def share_text(text: str | None, *, source: int = 0) -> str:
         dist.broadcast(payload, source, group=group)
     dist.destroy_process_group(group)
     return bytes(payload.tolist()).decode()
-
-
-def gather_texts(text: str) -> list[str]:
-    """The text of every rank, in rank order, on every rank; alone without a process group."""
-    if not dist.is_initialized():
-        return [text]
-    return [share_text(text, source=rank) for rank in range(dist.get_world_size())]
 
 
 def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
@@ -205,7 +198,8 @@ class DistributedTransport:
         self._control = meeting.group
         store = PrefixStore("engines", dist.distributed_c10d._get_default_store())
         # An engine that follows a failed one must not read its record.
-        self._store = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        own = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        self.board = Board(own, self.rank, meeting.num_ranks)
         self._up, self._down = (dist.new_group(backend="gloo") for _ in range(2))  # [3]
         self._data: dict[tuple[int, int], Any] = {}
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -222,10 +216,7 @@ class DistributedTransport:
         self._cut = even_cut(0, 1)
         self._may_lack = False
         self._tag = 0
-        self._step = 0
-        self._started: float | None = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, name=f"pipeflow-watch-{self.rank}", daemon=True).start()
+        self.watch = Watch(self.board, self.rank, self.report)  # [2]
         self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
         self._sent: dict[int, deque[_Sent]] = {}
 
@@ -249,12 +240,11 @@ class DistributedTransport:
         shape, dtype = self._layout(name, microbatch)
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+    def begin(self, receives: Sequence[Receive], call: Call, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+        assert call.cut is not None
         self._may_lack = may_lack
-        self._cut = cut
-        self._tag = cut.tag
-        self._step += 1
-        self._started = time.monotonic()
+        self._cut = call.cut
+        self._tag = call.tag
         self._channels = {}
         for receive, count in zip(receives, arrived or [0] * len(receives), strict=True):
             channel = self._channels.setdefault(receive.peer, _Channel())
@@ -263,33 +253,6 @@ class DistributedTransport:
         for channel in self._channels.values():
             for _ in range(_POSTED_AHEAD):
                 self._post(channel)
-
-    def _watch(self) -> None:
-        """[2] in a thread of its own: says what this rank's micro-batches are once a step takes long."""
-        published = -1
-        while not self._closed.wait(_WATCH_INTERVAL):
-            step, mine, started = self._step, str(self._cut), self._started
-            if started is None or time.monotonic() - started < _WATCH_INTERVAL:
-                continue
-            key = f"micro-batches of step {step} on rank "
-            with suppress(RuntimeError):
-                if published != step:
-                    self._store.set(f"{key}{self.rank}", mine)
-                    published = step
-                if self._store.check([f"{key}0"]) and (others := self._store.get(f"{key}0").decode()) != mine:
-                    self._disagree(step, mine, others)
-                    return
-
-    def _disagree(self, step: int, mine: str, others: str) -> None:
-        message = (
-            f"BatchError: the batch has {mine} on rank {self.rank} and {others} on rank 0; every rank must be given "
-            "the same batch"
-        )
-        self.report(
-            LayerFailure(
-                rank=self.rank, stage=None, layer=None, microbatch=None, step=step, phase="batch", original=message
-            )
-        )
 
     def _post(self, channel: _Channel) -> None:
         if not channel.waiting:
@@ -370,7 +333,6 @@ class DistributedTransport:
             for sent in self._sent.values():
                 while sent:
                     _wait(sent.popleft())
-            self._started = None
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 
@@ -387,16 +349,17 @@ class DistributedTransport:
         if num_ranks > _DIRECT_RANKS:
             return self._start_sum(values, self._control)
         # Few ranks tell each other: the last to compute, for whom all wait, then waits for nobody.
-        wait = self._start_exchange([rank for rank in range(num_ranks) if rank != self.rank], values, _SHARE_TAG)
+        others = [rank for rank in range(num_ranks) if rank != self.rank]
+        wait = self._start_exchange(others, values, _SHARE_TAG + self._tag)
 
         def total() -> Tensor:
-            others = wait()
-            return torch.stack([*others[: self.rank], values, *others[self.rank :]]).sum(0)
+            theirs = wait()
+            return torch.stack([*theirs[: self.rank], values, *theirs[self.rank :]]).sum(0)
 
         return total
 
     def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
-        return self._start_exchange(peers, values, _EXCHANGE_TAG)()
+        return self._start_exchange(peers, values, _EXCHANGE_TAG + self._tag)()
 
     def _start_exchange(self, peers: Sequence[int], values: Tensor, tag: int) -> Callable[[], list[Tensor]]:
         """Gives a small CPU tensor to the peers; the result waits and gives theirs."""
@@ -437,7 +400,7 @@ class DistributedTransport:
 
     def broadcast_in_stage(self, tensor: Tensor, stage: int) -> None:
         """Gives all replicas of a stage the tensor of its first, in place."""
-        dist.broadcast(_as_bytes(tensor.detach()), self._placement[stage][0], group=self._reduce[stage])
+        self._broadcast(tensor.detach(), self._placement[stage][0], self._reduce[stage])
 
     def give(self, tensor: Tensor | None, name: str, microbatch: int, owner: int) -> Tensor:
         """Gives every rank a tensor of the graph that rank `owner` has, of a micro-batch of the last step."""
@@ -451,24 +414,44 @@ class DistributedTransport:
             copy = tensor.detach().contiguous().clone()
         else:
             copy = torch.empty(shape, dtype=dtype, device=self._device)
-        dist.broadcast(_as_bytes(copy), owner, group=self._world)
+        self._broadcast(copy, owner, self._world)
         return copy
+
+    def _broadcast(self, tensor: Tensor, owner: int, group: Any) -> None:
+        try:
+            dist.broadcast(_as_bytes(tensor), owner, group=group)
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
 
     # --- failure --------------------------------------------------------------------------
 
+    def disagree(self) -> NoReturn:
+        """The ranks turned out to have been asked for different things: ends the call on all."""
+        call = self.watch.call
+        with suppress(RuntimeError):
+            if call is not None:
+                self.board.post(call)
+                if (found := self.board.disagreement(call)) is not None:
+                    self.board.report(found)
+        self.abort()
+        raise Aborted("the ranks were asked for different things")
+
     def report(self, failure: LayerFailure) -> None:
         """Writes what happened where peers look for it, and breaks the groups. The first wins."""
-        with suppress(RuntimeError):
-            self._store.compare_set("failure", "", json.dumps(failure.record()))
+        self.board.report(failure)
         self.abort()
 
-    def failure(self) -> LayerFailure | None:
-        """What a peer reported, if any does within two seconds."""
+    def failure(self, call: Call) -> LayerFailure | None:
+        """Why this rank waits in vain in a call, if any says so within two seconds."""
         deadline = time.monotonic() + _RECORD_WAIT
         while time.monotonic() < deadline:
             with suppress(RuntimeError):
-                if self._store.check(["failure"]):
-                    return LayerFailure(**json.loads(self._store.get("failure")))
+                if (failure := self.board.failure()) is not None:
+                    return failure
+                self.board.post(call)
+                if (failure := self.board.disagreement(call)) is not None:
+                    self.board.report(failure)
+                    return failure
             time.sleep(0.02)
         return None
 
@@ -494,7 +477,7 @@ class DistributedTransport:
 
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""
-        self._closed.set()
+        self.watch.close()
         for group in self._groups:
             with suppress(RuntimeError, ValueError, AssertionError):
                 dist.destroy_process_group(group)

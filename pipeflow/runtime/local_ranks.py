@@ -65,7 +65,7 @@ class LocalRanks:
         self.replicas = together(meeting, "make the engine", lambda: {rank: self._build(rank) for rank in self.ranks})
         if remote is not None:
             check_same(remote.meeting, training_settings(self.every_replica))
-            self._agree_on_weights(remote)
+            self.agree_on_weights()
 
     @property
     def every_replica(self) -> list[StageReplica]:
@@ -95,8 +95,11 @@ class LocalRanks:
                     replicas[index].make_optimizer(optimizer, setup.schedulers.get(phase), setup.groups, phase)
         return replicas
 
-    def _agree_on_weights(self, remote: DistributedTransport) -> None:
-        """Every replica starts from the weights of its stage's first, as each rank built its own."""
+    def agree_on_weights(self) -> None:
+        """Every replica takes the weights of its stage's first: each rank has built, or was given, its own."""
+        remote = self._remote
+        if remote is None:
+            return
         for index, stage in enumerate(self._setup.plan.stages):
             if stage.num_replicas > 1 and remote.rank in stage.devices:
                 replica = self.replicas[remote.rank][index]

@@ -55,31 +55,38 @@ class Meeting:
 
 
 def together(
-    meeting: Meeting | None, what: str, work: Callable[[], _T], error_type: type[PipeflowError] = EngineError
+    meeting: Meeting | None, what: str, work: Callable[[], _T], error_type: type[PipeflowError] | None = None
 ) -> _T:
     """What the work gives, once it is done on every rank: none goes on where another could not.
 
     Args:
         meeting: of the ranks; None where there is one process.
         what: the work, as "make the engine".
-        error_type: what a rank raises because of another.
+        error_type: of what is raised, here and because of another rank. By default what the work raised,
+            and because of another rank EngineError.
 
     Raises:
         Exception: what the work raised here.
-        PipeflowError: of the type that is given: it raised on another rank; names the rank and what it raised.
+        PipeflowError: it raised on another rank; names the rank and what it raised.
     """
-    if meeting is None:
-        return work()
     cause: BaseException | None = None
     try:
         result = work()
     except BaseException as error:  # Ctrl-C too: the others wait
         cause = error
+        if error_type is not None and isinstance(error, Exception) and not isinstance(error, error_type):
+            cause = error_type(f"cannot {what}: {_told(error)}")
+            cause.__cause__ = error
+    if meeting is None:
+        if cause is not None:
+            raise cause
+        return result
     said = hear_all(meeting, "" if cause is None else _told(cause), what)
     if cause is not None:
         raise cause
     if problems := {rank: text for rank, text in enumerate(said) if text}:
-        raise error_type(f"cannot {what}: " + "; ".join(f"{text} (on {ranks})" for text, ranks in by_text(problems)))
+        listing = "; ".join(f"{text} (on {ranks})" for text, ranks in by_text(problems))
+        raise (error_type or EngineError)(f"cannot {what}: {listing}")
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def unlike_settings(rank: int) -> list[tuple[BaseException | None, float]]:
     def make(options: dict[str, Any]) -> pf.Engine:
         return pf.Engine(graph, plan, **({"optimizer": sgd} | (options if rank == 1 else {})))
 
-    return [seen(lambda options=options: make(options)) for options, _ in UNLIKE.values()]
+    return [seen(partial(make, options)) for options, _ in UNLIKE.values()]
 
 
 def test_settings_that_differ_are_named_with_the_ranks_and_their_values() -> None:
@@ -95,7 +96,7 @@ def failed_constructions(rank: int) -> list[tuple[BaseException | None, float]]:
         {"devices": ["cuda:77"] * 3},
     ]
     cases = [
-        seen(lambda o=o: pf.Engine(graph, plan, **({"optimizer": sgd} | (o if rank == 1 else {})))) for o in options
+        seen(partial(pf.Engine, graph, plan, **({"optimizer": sgd} | (own if rank == 1 else {})))) for own in options
     ]
     with pf.Engine(graph, plan, sgd) as engine:  # nothing is left behind that would be in the way
         cases.append(seen(lambda: engine.step(forked_batch(8))))
