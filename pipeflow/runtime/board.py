@@ -41,17 +41,17 @@ class Board:
             return
         if self._posted is not None:
             self._store.delete_key(_key(self._posted, self._rank))
+        self._posted = call.number
         self._write(call.number, {"asked": call.asked, "batch": call.batch})
 
     def refuse(self, number: int, name: str, text: str) -> None:
-        """Says that this rank does not make the call of this number, and why."""
+        """Says that this rank does not make the call of this number, and why; for as long as the engine is there."""
         with suppress(RuntimeError):
             self._write(number, {"asked": name, "refused": text})
             self._store.add(f"refused {number}", 1)
 
     def _write(self, number: int, entry: dict[str, str]) -> None:
         self._store.set(_key(number, self._rank), json.dumps(entry))
-        self._posted = number
 
     def disagreement(self, call: Call) -> LayerFailure | None:
         """What is wrong between the ranks in this call, as far as anybody knows; None if nothing."""
@@ -67,7 +67,7 @@ class Board:
         entry: dict[str, str] = json.loads(self._store.get(key))
         return entry
 
-    def _describe(self, call: Call) -> LayerFailure:
+    def _describe(self, call: Call) -> LayerFailure | None:
         deadline = time.monotonic() + _LISTING
         known: dict[int, dict[str, str]] = {self._rank: {"asked": call.asked, "batch": call.batch}}
         while len(known) < self._num_ranks:
@@ -77,7 +77,7 @@ class Board:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        return disagreement(call, known)
+        return disagreement(call, known) if any(entry != known[self._rank] for entry in known.values()) else None
 
     # --- failures -------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ to break a group, but a receive that times out closes all connections of its gro
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -216,6 +217,8 @@ class DistributedTransport:
         self._cut = even_cut(0, 1)
         self._may_lack = False
         self._tag = 0
+        self._lock = threading.Lock()  # the watch may break groups while the rank's own thread closes them
+        self._is_closed = False
         self.watch = Watch(self.board, self.rank, self.report)  # [2]
         self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
         self._sent: dict[int, deque[_Sent]] = {}
@@ -457,7 +460,11 @@ class DistributedTransport:
 
     def abort(self) -> None:
         """Breaks all groups of this rank: whoever waits for it, or it for whom, stops waiting."""
-        for group in self._groups:
+        with self._lock:
+            self._abort()
+
+    def _abort(self) -> None:
+        for group in () if self._is_closed else self._groups:
             ranks = dist.get_process_group_ranks(group)
             if dist.get_backend(group) == "nccl":
                 with suppress(RuntimeError):
@@ -478,9 +485,11 @@ class DistributedTransport:
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""
         self.watch.close()
-        for group in self._groups:
-            with suppress(RuntimeError, ValueError, AssertionError):
-                dist.destroy_process_group(group)
+        with self._lock:
+            for group in () if self._is_closed else self._groups:
+                with suppress(RuntimeError, ValueError, AssertionError):
+                    dist.destroy_process_group(group)
+            self._is_closed = True
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
