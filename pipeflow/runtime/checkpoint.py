@@ -95,7 +95,7 @@ def save(
         return _collect(replicas)
 
     def write() -> None:
-        with _torch_errors(f"{folder} cannot be written"):
+        with _torch_errors(f"{folder} cannot be written", is_shared=meeting is not None):
             tensors = dict(part.tensors)
             save_tensors(tensors, checkpoint_id=folder, process_group=_group(meeting), no_dist=meeting is None)
 
@@ -215,7 +215,7 @@ def _check_one(meeting: Meeting, folder: Path, manifest: Manifest) -> None:
 
 def _read(folder: Path, manifest: Manifest, names: Iterable[str], meeting: Meeting | None) -> dict[str, Tensor]:
     """The checkpoint's tensors for the parameters and buffers of these names, by key."""
-    with _torch_errors(f"{folder} cannot be read"):
+    with _torch_errors(f"{folder} cannot be read", is_shared=meeting is not None):
         wanted = {
             key: torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
             for key, saved in manifest.tensors.items()
@@ -240,7 +240,7 @@ def _group(meeting: Meeting | None) -> Any:
 
 
 @contextmanager
-def _torch_errors(what: str) -> Iterator[None]:
+def _torch_errors(what: str, *, is_shared: bool) -> Iterator[None]:
     """What torch's reader and writer raise, as CheckpointError.
 
     Without torch's remark that there is no process group, where there is none on purpose.
@@ -249,5 +249,10 @@ def _torch_errors(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             yield
-    except (CheckpointException, Exception) as error:  # the first is no Exception
+    except CheckpointException as error:  # raised on every rank alike
+        problems = {rank: f"{type(e).__name__}: {e}" for rank, (e, _) in error.failures.items()}
+        on = "{text}" if len(problems) == 1 and not is_shared else "{text} (on {ranks})"
+        listing = "; ".join(on.format(text=text, ranks=ranks) for text, ranks in by_text(problems))
+        raise CheckpointError(f"{what}: {listing}") from error
+    except Exception as error:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error

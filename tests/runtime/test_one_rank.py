@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import EngineError, PipeflowError, PlanMismatch
+from pipeflow.errors import CheckpointError, EngineError, LayerFailure, PipeflowError, PlanMismatch
 from pipeflow.testing import run_ranks
-from tests.runtime.models import THREE_STAGES, forked_batch, forked_graph, make_plan, sgd
+from tests.runtime.models import (
+    THREE_STAGES,
+    bomb_batch,
+    bomb_graph,
+    bomb_plan,
+    forked_batch,
+    forked_graph,
+    make_plan,
+    sgd,
+)
 
 LIMIT = 3.0  # seconds within which every rank ends
 
@@ -121,3 +133,105 @@ def test_an_engine_that_cannot_be_made_on_one_rank_is_made_on_none() -> None:
     assert isinstance(results[1].value[0][0], ZeroDivisionError)
     assert isinstance(results[1].value[1][0], PipeflowError)
     check_in_time([result.value for result in results])
+
+
+def same_state(engine: pf.Engine, before: dict[str, Tensor]) -> bool:
+    after = engine.state_dict()
+    return all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def checkpoints(rank: int, folder: str) -> tuple[list[tuple[BaseException | None, float]], list[bool], float]:
+    """Rank 1 alone cannot write, cannot read, reads something else, or lacks a name; then all train on."""
+    graph = forked_graph()
+    root = Path(folder)
+    cases, unchanged = [], []
+    with pf.Engine(graph, make_plan(graph, THREE_STAGES), adam) as engine:
+        engine.step(forked_batch(8))
+        engine.save(root / "good")
+        if rank == 1:
+            (root / "file").write_text("no folder")
+            shutil.copytree(root / "good", root / "bad")
+            data = next(file for file in (root / "bad").iterdir() if file.suffix == ".distcp")
+            data.write_bytes(data.read_bytes()[:-1] + b"?")
+        engine.step(forked_batch(8, seed=1))
+        engine.save(root / "later")
+        before = engine.state_dict()
+
+        def try_all_but(call: Callable[[Any], None], good: Any, on_rank_1: Any) -> None:
+            cases.append(seen(lambda: call(on_rank_1 if rank == 1 else good)))
+            unchanged.append(same_state(engine, before))
+
+        try_all_but(engine.save, root / "new", root / "file" / "new")
+        try_all_but(engine.load, root / "good", root / "nowhere")
+        try_all_but(engine.load, root / "good", root / "bad")
+        try_all_but(engine.load, root / "good", root / "later")
+        try_all_but(engine.load_state_dict, before, {n: v for n, v in before.items() if n != "a.bias"})
+        try_all_but(engine.load_state_dict, before, None)
+        engine.load(root / "good")
+        return cases, unchanged, engine.step(forked_batch(8, seed=1)).loss
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_or_read_changes_nothing_on_any(tmp_path: Path) -> None:
+    reference = pf.Reference(forked_graph(), adam, num_microbatches=4)
+    expected = [reference.step(forked_batch(8, seed=s)).loss for s in range(2)][1]
+    results = run_ranks(checkpoints, 3, str(tmp_path))
+    words = (
+        "cannot be written: NotADirectoryError",
+        "nowhere is not there",
+        "was altered",
+        "different checkpoints",
+        "lacks 'a.bias'",
+        "None",
+    )
+    for rank, result in enumerate(results):
+        assert result.error is None, result.trace
+        cases, unchanged, loss = result.value
+        for text, (error, _) in zip(words, cases, strict=True):
+            assert isinstance(error, CheckpointError), (text, error)
+            assert text in str(error)
+            assert rank == 1 or "rank 1" in str(error)
+        assert all(unchanged)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    check_in_time([result.value[0] for result in results])
+
+
+def weights_of_failed(rank: int, folder: str) -> list[tuple[BaseException | None, float]]:
+    graph = bomb_graph("second", "backward")
+    with pf.Engine(graph, bomb_plan(graph, "1f1b"), sgd) as engine:
+        engine.step(bomb_batch(None))
+        return [
+            seen(lambda: engine.step(bomb_batch(1))),
+            seen(engine.state_dict),
+            seen(lambda: engine.save(folder)),
+            seen(lambda: engine.load_state_dict({})),
+        ]
+
+
+def check_no_weights(cases: list[tuple[BaseException | None, float]], folder: Path) -> None:
+    (failure, _), *others = cases
+    assert isinstance(failure, LayerFailure)
+    for error, _ in others:
+        assert type(error) is EngineError
+        assert "backward went wrong" in str(error)
+    assert "half a step may have been taken" in str(others[0][0])
+    assert not folder.exists()
+
+
+def test_a_failed_engine_gives_no_weights_and_writes_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "torn"
+    check_no_weights(weights_of_failed(0, str(folder)), folder)
+    for result in run_ranks(weights_of_failed, 3, str(folder)):
+        assert result.error is None, result.trace
+        check_no_weights(result.value, folder)
+
+
+def test_an_engine_of_one_process_that_failed_while_it_predicted_still_has_its_weights() -> None:
+    graph = bomb_graph("second", "forward")
+    with pf.Engine(graph, bomb_plan(graph, "1f1b"), sgd) as engine:
+        engine.step(bomb_batch(None))
+        before = engine.state_dict()
+        with pytest.raises(LayerFailure):
+            engine.evaluate(bomb_batch(1))
+        assert same_state(engine, before)
+        with pytest.raises(EngineError, match="cannot run any more"):
+            engine.evaluate(bomb_batch(None))
