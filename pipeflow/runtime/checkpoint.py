@@ -164,6 +164,7 @@ def load(
     Raises:
         CheckpointError: the folder is no checkpoint, a file is missing or altered, or the checkpoint
             is of another model, optimizer or scheduler. Nothing has changed then, on any rank.
+        Exception: an optimizer or scheduler of the user's did not take its state. That is half-way.
     """
     folder, held = Path(path), list(replicas)
     what = f"load {folder}"
@@ -173,11 +174,15 @@ def load(
     names = {name for replica in held for name in replica.tensors()}
     tensors = together(meeting, what, lambda: _read(folder, manifest, names, meeting), CheckpointError)
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    for replica in held:
-        copy_into(replica.tensors(), model)
-        replica.written()
-        for phase, training in replica.training_by_phase.items():
-            restore_training(replica, phase, training, tensors, manifest)
+
+    def take() -> None:
+        for replica in held:
+            copy_into(replica.tensors(), model)
+            replica.written()
+            for phase, training in replica.training_by_phase.items():
+                restore_training(replica, phase, training, tensors, manifest)
+
+    together(meeting, what, take)
     return Progress(manifest.step, manifest.calls, manifest.loss_scale)
 
 

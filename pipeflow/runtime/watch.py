@@ -69,7 +69,8 @@ class Watch:
             if failure is None and time.monotonic() - started >= _INTERVAL:
                 with suppress(RuntimeError):
                     self._board.post(call)
-                    failure = self._board.disagreement(call)
+                    # What a rank far away has reported: one between may be busy, and not break its groups yet.
+                    failure = self._board.failure() or self._board.disagreement(call)
             if failure is not None and self._now is now:
                 self._report(failure)
                 break
