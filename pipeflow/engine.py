@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from pipeflow.runtime.measurement import Measurement, Recorder
 from pipeflow.runtime.meeting import Meeting, together
 from pipeflow.runtime.microbatch import Batch, MicroBatches
 from pipeflow.runtime.optimizers import follows_loss
+from pipeflow.runtime.options import TransportKind, check_num_threads, check_transport
 from pipeflow.runtime.parameter_groups import ParameterGroups
 from pipeflow.runtime.peak_bytes import PeakBytes
 from pipeflow.runtime.phases import OpenPhase
@@ -46,8 +48,6 @@ from pipeflow.runtime.state import check_state, copy_into
 from pipeflow.runtime.threads import Exchange
 from pipeflow.runtime.transport import Aborted
 from pipeflow.runtime.workers import Workers
-
-TransportKind = Literal["auto", "threads", "distributed"]
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -113,12 +113,15 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        distributed = transport == "distributed" or (transport == "auto" and is_launched())
+        # A transport that is none is refused with the rest, where the other ranks hear of it.
+        distributed = transport == "distributed" or (transport != "threads" and is_launched())
         if distributed:
             connect()
         meeting = Meeting() if distributed else None
 
         def set_up() -> Setup:
+            check_transport(transport)
+            check_num_threads(num_threads)
             return make_setup(
                 graph,
                 plan,
@@ -189,8 +192,8 @@ class Engine(AbstractContextManager["Engine"]):
     def _check_trainable(self, share: float, phase: str | None) -> None:
         if not self._setup.optimizers:
             raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
-        if not 0 < share < float("inf"):
-            raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < float("inf"):
+            raise EngineError(f"share={share!r}; it is what a batch's gradients count, a number above 0")
         self._open.check(phase)
 
     def step(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:

@@ -17,6 +17,7 @@ from pipeflow.runtime.devices import resolve_devices
 from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
 from pipeflow.runtime.meeting import Meeting, check_same, plain_text
+from pipeflow.runtime.options import check_clip_value, check_seed, check_trains
 from pipeflow.runtime.parameter_groups import Grouping, ParameterGroups, check_groups
 from pipeflow.runtime.phases import for_each_phase
 from pipeflow.runtime.precision import Precision
@@ -104,6 +105,16 @@ def make_setup(
     if num_ranks is not None:
         check_job(plan, num_ranks)
     precision = precision or Precision()
+    training = {
+        "lr_scheduler": lr_scheduler,
+        "parameter_groups": parameter_groups or None,
+        "clip_norm": clip_norm,
+        "clip_value": clip_value,
+        "nonfinite": None if nonfinite == "ignore" else nonfinite,
+        "a loss scale": precision.loss_scale,
+    }
+    check_trains(optimizer, training)
+    check_clip_value(clip_value, graph)
     own_devices = resolve_devices(plan, devices, distributed=num_ranks is not None)
     numerics = precision.numerics_on(own_devices)
     return Setup(
@@ -123,7 +134,7 @@ def make_setup(
         precision=precision,
         numerics=numerics,
         batch_norm=batch_norm,
-        seed=seed,
+        seed=check_seed(seed),
         devices=own_devices,
         measure=measure,
     )
