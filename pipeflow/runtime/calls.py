@@ -36,6 +36,7 @@ class Calls:
         self._number = 0
         self._failed: str | None = None
         self._is_closed = False
+        self._is_spread = False
         self._weights_may_differ = False
 
     def check(self, *, weights_alone: bool = False) -> None:
@@ -77,6 +78,9 @@ class Calls:
 
     def spread(self, call: Call, error: BaseException, rank: int) -> None:
         """Lets every other rank know, so that none waits for this one."""
+        if self._is_spread:
+            return
+        self._is_spread = True
         if self._remote is None:
             self._stop()
         elif isinstance(error, Aborted):

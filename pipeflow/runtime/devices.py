@@ -22,18 +22,14 @@ def resolve_devices(
         distributed: whether each rank is a process of its own.
 
     Raises:
-        EngineError: another number of devices than ranks, or a device that the machine has not.
+        EngineError: another number of devices than ranks, what is no device, or a GPU that the machine has not.
     """
     if devices is not None:
         if isinstance(devices, str | torch.device):
             raise EngineError(f"devices={devices!r}; give a list, one device for each of {plan.num_ranks} ranks")
         if len(devices) != plan.num_ranks:
             raise EngineError(f"{len(devices)} devices for {plan.num_ranks} ranks; give one for each")
-        own = tuple(_device(d) for d in devices)
-        present = [own[dist.get_rank()]] if distributed else list(own)
-        for device in dict.fromkeys(present):
-            _check_present(device)
-        return own
+        return tuple(_device(d) for d in devices)
     resolved = []
     for rank in range(plan.num_ranks):
         if plan.cluster.devices[rank].kind != "cuda":
@@ -57,13 +53,18 @@ def _device(given: torch.device | str) -> torch.device:
         raise EngineError(f"{given!r} among devices= is no device of torch: {error}") from None
 
 
-def _check_present(device: torch.device) -> None:
-    """Whether this machine has it, and tensors on it have data."""
-    try:
-        torch.empty(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts it
-        why = str(error).splitlines()[0]
-        raise EngineError(
-            f"{str(device)!r} among devices= is not there: {why}; name devices that this machine has "
-            f"({torch.cuda.device_count()} CUDA devices)"
-        ) from None
+def check_present(devices: Sequence[torch.device], *, distributed: bool) -> None:
+    """Whether this machine has the devices, and tensors on them have data; those of other processes are theirs.
+
+    Raises:
+        EngineError: one of them is not there.
+    """
+    for device in dict.fromkeys([devices[dist.get_rank()]] if distributed else devices):
+        try:
+            torch.empty(1, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts it
+            why = str(error).splitlines()[0]
+            raise EngineError(
+                f"{str(device)!r} among devices= is not there: {why}; name devices that this machine has "
+                f"({torch.cuda.device_count()} CUDA devices)"
+            ) from None

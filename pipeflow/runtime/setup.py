@@ -13,7 +13,7 @@ from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.numerics import Numerics
 from pipeflow.program import Send
 from pipeflow.runtime.copies import Copies, find_copies
-from pipeflow.runtime.devices import resolve_devices
+from pipeflow.runtime.devices import check_present, resolve_devices
 from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.runtime.gradients import GradientPolicy, NonFinite
 from pipeflow.runtime.meeting import Meeting, check_same, plain_text
@@ -117,6 +117,7 @@ def make_setup(
     check_clip_value(clip_value, graph)
     own_devices = resolve_devices(plan, devices, distributed=num_ranks is not None)
     numerics = precision.numerics_on(own_devices)
+    check_present(own_devices, distributed=num_ranks is not None)
     return Setup(
         graph=graph,
         plan=plan,
