@@ -47,6 +47,7 @@ from pipeflow.runtime.setup import Setup, join, make_setup
 from pipeflow.runtime.state import check_state, copy_into
 from pipeflow.runtime.threads import Exchange
 from pipeflow.runtime.transport import Aborted
+from pipeflow.runtime.whole_state import gather_state
 from pipeflow.runtime.workers import Workers
 
 
@@ -419,22 +420,7 @@ class Engine(AbstractContextManager["Engine"]):
         """
         with self._calls.one("state_dict", self._step, weights_alone=True) as call:
             call.meet()
-            return self._state_dict()
-
-    def _state_dict(self) -> dict[str, Tensor]:
-        result = {}
-        for name, spec in {**self.graph.parameters, **self.graph.buffers}.items():
-            stage = self.plan.stage_by_layer[self.graph.owner(name)]
-            owner = self.plan.stages[stage].devices[0]
-            own = self._ranks.replicas[owner][stage].tensors()[name] if owner in self._ranks.replicas else None
-            if self._remote is None:
-                assert own is not None
-                result[name] = own.detach().to("cpu", copy=True)
-            else:
-                result[name] = self._remote.give_shaped(
-                    own, spec.shape_at(1), self._precision.stored(spec), owner
-                ).cpu()
-        return result
+            return gather_state(self.graph, self.plan, self._precision, self._ranks.replicas, self._remote)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes parameters and buffers, by the names that `state_dict` gives; on every rank.

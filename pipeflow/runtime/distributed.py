@@ -25,7 +25,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -40,6 +39,7 @@ from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
 from pipeflow.runtime.board import Board
 from pipeflow.runtime.call import Call
+from pipeflow.runtime.channels import Channel, Posted, Sent, wait_for
 from pipeflow.runtime.cut import LengthPairs, even_cut
 from pipeflow.runtime.meeting import Meeting
 from pipeflow.runtime.transport import Aborted, Payload
@@ -118,57 +118,6 @@ def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
     return Plan.model_validate_json(share_text(plan.model_dump_json() if plan else None, source=source))
 
 
-@dataclass(slots=True)
-class _Posted:
-    """A posted receive.
-
-    Attributes:
-        tensors: where they will be; None for an empty micro-batch.
-        present: a byte for each, 0 for a gradient that backward did not give; None where all are.
-    """
-
-    works: list[Any]
-    tensors: list[Tensor] | None
-    present: Tensor | None = None
-
-    def payload(self) -> Payload:
-        """What has arrived."""
-        if self.present is None or self.tensors is None:
-            return self.tensors
-        return [t if is_there else None for t, is_there in zip(self.tensors, self.present.tolist(), strict=True)]
-
-
-@dataclass
-class _Channel:
-    """What this rank will receive from one peer, and what it knows to have arrived there.
-
-    Attributes:
-        posted, waiting: receives that are posted, and those that are not yet.
-        arrived: for each receive to come, how many messages to the peer have then arrived.
-        num_released: of these, how many are let go of.
-    """
-
-    posted: deque[_Posted] = field(default_factory=deque)
-    waiting: deque[Receive] = field(default_factory=deque)
-    arrived: deque[int] = field(default_factory=deque)
-    num_released: int = 0
-
-
-@dataclass(slots=True)
-class _Sent:
-    """A posted send; the tensors live until it has left."""
-
-    route: Route
-    microbatch: int
-    works: list[Any]
-    tensors: list[Tensor]
-
-
-def _wait(sent: _Sent) -> None:
-    for work in sent.works:
-        work.wait()
-
-
 class DistributedTransport:
     """This process's end. Making one is collective: every rank does, with the same arguments.
 
@@ -213,7 +162,7 @@ class DistributedTransport:
             stages: dist.new_group(ranks, backend=backend) for stages, ranks in sharing.items() if len(ranks) > 1
         }
         self._world = dist.new_group(backend=backend) if backend == "nccl" else self._up
-        self._channels: dict[int, _Channel] = {}
+        self._channels: dict[int, Channel] = {}
         self._cut = even_cut(0, 1)
         self._may_lack = False
         self._tag = 0
@@ -221,7 +170,7 @@ class DistributedTransport:
         self._is_closed = False
         self.watch = Watch(self.board, self.rank, self.report)  # [2]
         self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
-        self._sent: dict[int, deque[_Sent]] = {}
+        self._sent: dict[int, deque[Sent]] = {}
 
     def _towards(self, source: int, target: int) -> Any:
         return self._up if source < target else self._down
@@ -250,14 +199,14 @@ class DistributedTransport:
         self._tag = call.tag
         self._channels = {}
         for receive, count in zip(receives, arrived or [0] * len(receives), strict=True):
-            channel = self._channels.setdefault(receive.peer, _Channel())
+            channel = self._channels.setdefault(receive.peer, Channel())
             channel.waiting.append(receive)
             channel.arrived.append(count)
         for channel in self._channels.values():
             for _ in range(_POSTED_AHEAD):
                 self._post(channel)
 
-    def _post(self, channel: _Channel) -> None:
+    def _post(self, channel: Channel) -> None:
         if not channel.waiting:
             return
         receive = channel.waiting.popleft()
@@ -265,7 +214,7 @@ class DistributedTransport:
         peer = dist.get_group_rank(group, receive.peer)
         if not self._cut.sizes[receive.microbatch]:
             empty = torch.empty(1, device=self._device)
-            channel.posted.append(_Posted([group.recv([empty], peer, self._tag)], None))
+            channel.posted.append(Posted([group.recv([empty], peer, self._tag)], None))
             return
         tensors = []
         for name in receive.route.payload:
@@ -276,7 +225,7 @@ class DistributedTransport:
         if self._may_lack and receive.route.direction is Direction.BACKWARD:
             present = torch.empty(len(tensors), dtype=torch.uint8)
             works.append(self._towards(receive.peer, self.rank).recv([present], receive.peer, self._tag))
-        channel.posted.append(_Posted(works, tensors, present))
+        channel.posted.append(Posted(works, tensors, present))
 
     def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
         sent = self._sent.setdefault(peer, deque())
@@ -290,7 +239,7 @@ class DistributedTransport:
                 self._post(channel)
                 arrived = channel.arrived.popleft()
                 while channel.num_released < arrived:
-                    _wait(sent.popleft())
+                    wait_for(sent.popleft())
                     channel.num_released += 1
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
@@ -325,7 +274,7 @@ class DistributedTransport:
                 if self._may_lack and payload is not None and route.direction is Direction.BACKWARD:
                     tensors.append(torch.tensor([t is not None for t in payload], dtype=torch.uint8))
                     works.append(self._towards(self.rank, peer).send([tensors[-1]], peer, self._tag))
-                sent.append(_Sent(route, microbatch, works, tensors))
+                sent.append(Sent(route, microbatch, works, tensors))
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
 
@@ -335,7 +284,7 @@ class DistributedTransport:
         try:
             for sent in self._sent.values():
                 while sent:
-                    _wait(sent.popleft())
+                    wait_for(sent.popleft())
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 

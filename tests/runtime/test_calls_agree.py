@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, EngineError, LayerFailure
@@ -14,6 +15,7 @@ from pipeflow.runtime.call import Call
 from pipeflow.runtime.cut import even_cut
 from pipeflow.testing import run_ranks
 from tests.runtime.models import THREE_STAGES, Stages, forked_batch, forked_graph, make_plan, sgd
+from tests.runtime.test_decoding import decoder
 from tests.runtime.test_one_rank import check_in_time, seen
 
 Act = Callable[[pf.Engine], Any]
@@ -118,6 +120,50 @@ def test_ranks_that_are_asked_for_different_things_are_told_what_each_was_asked(
             for words in (one, other):
                 assert words in str(error), (one, other)
             assert error.step == 1
+    check_in_time([result.value for result in results])
+
+
+def phased_graph() -> pf.LayerGraph:
+    graph = forked_graph()
+    graph.phase("head", losses=["loss"], trains=["e.*", "p.*"])
+    graph.phase("body", losses=["loss"], trains=["a.*", "c.*"])
+    return graph
+
+
+def other_phases_and_sessions(rank: int) -> list[tuple[BaseException | None, float]]:
+    """Rank 0 steps in another phase; it makes a prediction beside a session; it has two sessions, in another order."""
+    graph = phased_graph()
+    with pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd) as engine:
+        engine.step(BATCH, phase="head")
+        cases = [seen(lambda: engine.step(BATCH, phase="body" if rank == 0 else "head"))]
+    graph = decoder()
+    tokens = torch.zeros(4, 3, dtype=torch.int64)
+    plan = make_plan(
+        graph, [(["embed", "place"], (0,)), (list(graph.layers)[2:4], (1,)), (list(graph.layers)[4:], (2,))]
+    )
+    with pf.Engine(graph, plan) as engine, engine.decode(4) as session:
+        session.step({"tokens": tokens})
+        act = engine.predict if rank == 0 else session.step
+        cases.append(seen(lambda: act({"tokens": tokens})))
+    with pf.Engine(graph, plan) as engine, engine.decode(4) as first, engine.decode(4) as second:
+        act = second.step if rank == 0 else first.step
+        cases.append(seen(lambda: act({"tokens": tokens})))
+    return cases
+
+
+def test_phases_and_decode_sessions_must_be_the_same_on_all_ranks() -> None:
+    results = run_ranks(other_phases_and_sessions, 3)
+    words = (
+        ("step(phase='body')", "step(phase='head')"),
+        ("predict(outputs=('logits',))", "step='1 of session 0'"),
+        ("step='0 of session 1'", "step='0 of session 0'"),
+    )
+    for result in results:
+        assert result.error is None, result.trace
+        for texts, (error, _) in zip(words, result.value, strict=True):
+            assert isinstance(error, LayerFailure), error
+            for text in texts:
+                assert text in str(error)
     check_in_time([result.value for result in results])
 
 
