@@ -147,11 +147,15 @@ class Engine(AbstractContextManager["Engine"]):
             self._remote = None if meeting is None else join(setup, meeting)
             ranks = tuple(range(plan.num_ranks)) if meeting is None else (meeting.rank,)
             self._ranks = LocalRanks(setup, ranks, self._exchange, self._remote)
-        except BaseException:
+        except BaseException as error:
             if self._remote is not None:
                 self._remote.close()
             elif meeting is not None:
                 meeting.close()
+            if isinstance(error, Aborted):
+                raise EngineError(
+                    f"cannot make the engine: a rank has ended or is gone ({error}); start all of them again"
+                ) from error
             raise
         self._meeting = meeting
         self.graph = graph

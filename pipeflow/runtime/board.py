@@ -39,10 +39,10 @@ class Board:
         """Says what this rank is asked for, once a call."""
         if self._posted == call.number:
             return
-        if self._posted is not None:
-            self._store.delete_key(_key(self._posted, self._rank))
-        self._posted = call.number
+        before, self._posted = self._posted, call.number
         self._write(call.number, {"asked": call.asked, "batch": call.batch})
+        if before is not None:
+            self._store.delete_key(_key(before, self._rank))
 
     def refuse(self, number: int, name: str, text: str) -> None:
         """Says that this rank does not make the call of this number, and why; for as long as the engine is there."""

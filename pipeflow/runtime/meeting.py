@@ -68,6 +68,7 @@ def together(
     Raises:
         Exception: what the work raised here.
         PipeflowError: it raised on another rank; names the rank and what it raised.
+        Aborted: another rank is gone.
     """
     cause: BaseException | None = None
     try:
@@ -81,21 +82,16 @@ def together(
         if cause is not None:
             raise cause
         return result
-    said = hear_all(meeting, "" if cause is None else _told(cause), what)
+    try:
+        said = meeting.hear("" if cause is None else _told(cause))
+    except Aborted:
+        raise cause or Aborted(f"a rank has ended or is gone, while this one was to {what}") from None
     if cause is not None:
         raise cause
     if problems := {rank: text for rank, text in enumerate(said) if text}:
         listing = "; ".join(f"{text} (on {ranks})" for text, ranks in by_text(problems))
         raise (error_type or EngineError)(f"cannot {what}: {listing}")
     return result
-
-
-def hear_all(meeting: Meeting, text: str, what: str) -> list[str]:
-    """What every rank says. Raises EngineError where one is gone."""
-    try:
-        return meeting.hear(text)
-    except Aborted as error:
-        raise EngineError(f"cannot {what}: a rank has ended or is gone ({error}); start all of them again") from error
 
 
 def check_same(meeting: Meeting, settings: Mapping[str, str]) -> None:
@@ -107,7 +103,7 @@ def check_same(meeting: Meeting, settings: Mapping[str, str]) -> None:
     Raises:
         PlanMismatch: they have not; names the settings, the ranks and their values. The same on every rank.
     """
-    by_rank = [json.loads(text) for text in hear_all(meeting, json.dumps(settings), "compare the ranks' settings")]
+    by_rank = [json.loads(text) for text in meeting.hear(json.dumps(settings))]
     names = dict.fromkeys(name for rank in by_rank for name in rank)
     differing = []
     for name in names:

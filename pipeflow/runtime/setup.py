@@ -57,12 +57,11 @@ class Setup:
     @property
     def settings(self) -> dict[str, str]:
         """All that ranks must agree on, by the name of the option."""
-        phases = ", ".join(map(str, self.optimizers))
         return {
             "plan": self.plan.digest[:12],
             "graph": f"{self.graph.name!r} {self.graph.digest[:12]}",
-            "optimizer": f"given for {phases}" if self.optimizers else "None",
-            "lr_scheduler": f"given for {', '.join(map(str, self.schedulers))}" if self.schedulers else "None",
+            "optimizer": _given(self.optimizers),
+            "lr_scheduler": _given(self.schedulers),
             "parameter_groups": plain_text(self.groups.options_by_pattern),
             "clip_norm": plain_text(self.policy.clip_norm),
             "clip_value": plain_text(self.policy.clip_value),
@@ -72,6 +71,12 @@ class Setup:
             "seed": str(self.seed),
             "measure": str(self.measure),
         }
+
+
+def _given(factories: Mapping[str | None, object]) -> str:
+    """For which phases there are factories."""
+    phases = [phase for phase in factories if phase is not None]
+    return f"given for {', '.join(phases)}" if phases else "given" if factories else "None"
 
 
 def make_setup(

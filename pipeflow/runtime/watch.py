@@ -104,6 +104,7 @@ class CtrlC:
         """Begins to look, unless this is not the main thread or somebody else looks."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.was_pressed()  # before: that was raised then
         before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         if before != -1:
             signal.set_wakeup_fd(before)

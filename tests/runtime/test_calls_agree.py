@@ -11,6 +11,7 @@ import torch
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, EngineError, LayerFailure
+from pipeflow.runtime import distributed, watch
 from pipeflow.runtime.call import Call
 from pipeflow.runtime.cut import even_cut
 from pipeflow.testing import run_ranks
@@ -68,7 +69,7 @@ def measured(engine: pf.Engine) -> None:
 
 def close(engine: pf.Engine) -> None:
     engine.close()
-    time.sleep(2)  # alive, with all its connections
+    time.sleep(1)  # alive, with all its connections
 
 
 def leave_after_an_error(engine: pf.Engine) -> None:
@@ -92,6 +93,7 @@ CASES: list[tuple[Act, Act, tuple[str, str]]] = [
 
 def different_calls(rank: int, stages: Stages, num_cases: int) -> list[tuple[BaseException | None, float]]:
     """What this rank raises where rank 0 is asked for one thing and the others for another."""
+    watch._INTERVAL = 0.1  # there are many cases
     cases = []
     graph = forked_graph()
     for first, others, _ in CASES[:num_cases]:
@@ -123,6 +125,23 @@ def test_ranks_that_are_asked_for_different_things_are_told_what_each_was_asked(
     check_in_time([result.value for result in results])
 
 
+def summed_losses(rank: int) -> tuple[BaseException | None, float]:
+    """As in a job of many ranks, whose losses are added up by a collective that knows no tags."""
+    distributed._DIRECT_RANKS = 0
+    graph = forked_graph()
+    with pf.Engine(graph, make_plan(graph, REPLICATED), sgd) as engine:
+        accumulate(engine)
+        return seen(lambda: (accumulate if rank else accumulate_half)(engine))
+
+
+def test_losses_of_different_calls_are_not_added_up() -> None:
+    for result in run_ranks(summed_losses, 3):
+        error, _ = result.value
+        assert isinstance(error, LayerFailure), result.trace
+        assert "accumulate() as call 1" in str(error)
+        assert "accumulate(share=0.5) as call 1" in str(error)
+
+
 def phased_graph() -> pf.LayerGraph:
     graph = forked_graph()
     graph.phase("head", losses=["loss"], trains=["e.*", "p.*"])
@@ -132,6 +151,7 @@ def phased_graph() -> pf.LayerGraph:
 
 def other_phases_and_sessions(rank: int) -> list[tuple[BaseException | None, float]]:
     """Rank 0 steps in another phase; it makes a prediction beside a session; it has two sessions, in another order."""
+    watch._INTERVAL = 0.1
     graph = phased_graph()
     with pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd) as engine:
         engine.step(BATCH, phase="head")

@@ -102,7 +102,7 @@ def test_what_stops_a_thread_in_a_layer_surfaces(what: str, kind: type[BaseExcep
             engine.step(bomb_batch(None))
 
 
-SLEEP = 6.0
+SLEEP = 5.0
 
 
 def pressed_while_waiting(rank: int) -> tuple[BaseException | None, float]:
@@ -134,7 +134,7 @@ import time
 from tests.runtime.test_interrupts import press, trap_engine
 from tests.runtime.models import bomb_batch
 
-engine = trap_engine("60", transport="threads")
+engine = trap_engine("120", transport="threads")
 engine.step(bomb_batch(None))
 press(0.5)
 start = time.monotonic()
@@ -146,21 +146,20 @@ try:
     engine.step(bomb_batch(None))
 except Exception as error:
     print(type(error).__name__)
-END
+engine.close()
 print("end")
 """
 
 
-@pytest.mark.parametrize("end", ["engine.close()", ""], ids=["closed", "left open"])
-def test_ctrl_c_stops_a_process_of_threads_and_nothing_keeps_it(end: str) -> None:
+def test_ctrl_c_stops_a_process_of_threads_and_nothing_keeps_it() -> None:
     done = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.replace("END", end)],
+        [sys.executable, "-c", SCRIPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
-    out, problems = done.communicate(timeout=60)  # a layer sleeps for a minute from now
+    out, problems = done.communicate(timeout=60)  # a layer sleeps for two minutes from now
     assert done.returncode == 0, problems
     first, second, last = out.splitlines()
     assert float(first.split()[2]) < 0.5 + LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -70,8 +71,8 @@ UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": pf.Precision(reduce="float64")}, "precision is {"),
     "class": ({"optimizer": adam}, "optimizer is SGD on ranks 0, 2, Adam on rank 1"),
     "option": ({"optimizer": without_momentum}, "the optimizer's momentum is 0.9 on ranks 0, 2, 0 on rank 1."),
-    "none": ({"optimizer": None}, "optimizer is given for None on ranks 0, 2, None on rank 1."),
-    "scheduler": ({"lr_scheduler": halving}, "lr_scheduler is None on ranks 0, 2, given for None on rank 1."),
+    "none": ({"optimizer": None}, "optimizer is given on ranks 0, 2, None on rank 1."),
+    "scheduler": ({"lr_scheduler": halving}, "lr_scheduler is None on ranks 0, 2, given on rank 1."),
 }
 
 
@@ -133,6 +134,22 @@ def test_an_engine_that_cannot_be_made_on_one_rank_is_made_on_none() -> None:
     assert isinstance(results[1].value[0][0], ZeroDivisionError)
     assert isinstance(results[1].value[1][0], PipeflowError)
     check_in_time([result.value for result in results])
+
+
+def deadly_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    os._exit(1)
+
+
+def dead_construction(rank: int) -> None:
+    graph = forked_graph()
+    pf.Engine(graph, make_plan(graph, THREE_STAGES), deadly_optimizer if rank == 1 else sgd)
+
+
+def test_a_process_that_dies_while_engines_are_made_leaves_nobody_waiting() -> None:
+    results = run_ranks(dead_construction, 3)
+    for rank in (0, 2):
+        assert type(results[rank].error) is EngineError, results[rank].trace
+        assert "cannot make the engine: a rank has ended or is gone" in str(results[rank].error)
 
 
 def same_state(engine: pf.Engine, before: dict[str, Tensor]) -> bool:
