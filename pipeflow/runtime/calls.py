@@ -7,7 +7,9 @@ failed    anything else: the other ranks are stopped, and the engine is of no us
 
 from __future__ import annotations
 
+import atexit
 import json
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -38,6 +40,8 @@ class Calls:
         self._is_closed = False
         self._is_spread = False
         self._weights_may_differ = False
+        if remote is not None:
+            atexit.register(self._exit)
 
     def check(self, *, weights_alone: bool = False) -> None:
         """Whether the engine can be used.
@@ -109,11 +113,20 @@ class Calls:
 
     def close(self, because: BaseException | None = None) -> None:
         """There is no other call; ranks that wait for one are told."""
+        if self._remote is not None:
+            self._leave(f"rank {self._remote.rank} has closed its engine", because)
+            atexit.unregister(self._exit)
+        self._is_closed = True
+
+    def _exit(self) -> None:
+        """The process ends, and nobody has closed the engine."""
+        assert self._remote is not None
+        self._leave(f"the process of rank {self._remote.rank} has ended", getattr(sys, "last_value", None))
+
+    def _leave(self, what: str, because: BaseException | None) -> None:
         if self._remote is not None and self._failed is None and not self._is_closed:
             after = "" if because is None else f" after {type(because).__name__}: {because}"
-            closed = f"EngineError: rank {self._remote.rank} has closed its engine{after}"
-            self._remote.board.refuse(self._number, "any other call", closed)
-        self._is_closed = True
+            self._remote.board.refuse(self._number, "any other call", f"EngineError: {what}{after}")
 
 
 class OneCall:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -203,6 +205,24 @@ def test_ranks_that_wait_for_one_that_left_hear_why_it_did() -> None:
         assert isinstance(error, LayerFailure), results[rank].trace
         assert "rank 1 has closed its engine after KeyError: 'no such file'" in str(error)
     check_in_time([[result.value] for result in results])
+
+
+def ended_process(rank: int) -> tuple[BaseException | None, float]:
+    graph = forked_graph()
+    engine = pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd)
+    step(engine)
+    if rank == 1:
+        atexit._run_exitfuncs()  # as at the end of a script
+        os._exit(0)
+    return seen(lambda: step(engine))
+
+
+def test_ranks_that_wait_for_a_process_that_has_ended_hear_so() -> None:
+    results = run_ranks(ended_process, 3)
+    for rank in (0, 2):
+        error, _ = results[rank].value
+        assert isinstance(error, LayerFailure), results[rank].trace
+        assert "the process of rank 1 has ended" in str(error)
 
 
 def refused_alike(rank: int) -> float:
