@@ -188,7 +188,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._check_trainable(share, phase)
             job = Job("accumulate", phase)
             microbatches = self._read(job, batch)
-            call.begin(microbatches.cut, share=share if share != 1.0 else None, phase=phase)
+            call.begin(microbatches.cut, share=float(share) if share != 1.0 else None, phase=phase)
             result = self._run(call, job, microbatches, share=share)
             self._open.accumulated(phase)
             self._draws += 1
@@ -228,7 +228,7 @@ class Engine(AbstractContextManager["Engine"]):
             self._check_trainable(share, phase)
             job, microbatches = self._step_job(batch, phase)
             start = time.perf_counter()
-            call.begin(microbatches.cut, share=share if share != 1.0 else None, phase=phase)
+            call.begin(microbatches.cut, share=float(share) if share != 1.0 else None, phase=phase)
             try:
                 result = self._run(call, job, microbatches, share=share)
             except NonFiniteError:
