@@ -11,44 +11,44 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor
 
-from pipeflow.errors import BatchError, EngineError, LayerFailure, NonFiniteError
+from pipeflow.errors import CheckpointError, EngineError, NonFiniteError
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.runtime import checkpoint
+from pipeflow.runtime.calls import Calls, OneCall
 from pipeflow.runtime.checkpoint import Progress
-from pipeflow.runtime.copies import find_copies
 from pipeflow.runtime.decoding import DecodeSession, check_decoding
-from pipeflow.runtime.devices import resolve_devices
-from pipeflow.runtime.distributed import is_launched
-from pipeflow.runtime.gradients import GradientPolicy, NonFinite
-from pipeflow.runtime.job import Job, Work
+from pipeflow.runtime.distributed import DistributedTransport, connect, is_launched
+from pipeflow.runtime.gradients import NonFinite
+from pipeflow.runtime.job import Job
 from pipeflow.runtime.local_ranks import LocalRanks
 from pipeflow.runtime.loss_scale import LossScaler
 from pipeflow.runtime.measurement import Measurement, Recorder
+from pipeflow.runtime.meeting import Meeting, together
 from pipeflow.runtime.microbatch import Batch, MicroBatches
 from pipeflow.runtime.optimizers import follows_loss
-from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
+from pipeflow.runtime.options import TransportKind, check_num_threads, check_transport
+from pipeflow.runtime.parameter_groups import ParameterGroups
 from pipeflow.runtime.peak_bytes import PeakBytes
-from pipeflow.runtime.phases import OpenPhase, for_each_phase
+from pipeflow.runtime.phases import OpenPhase
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.predictions import check_outputs, gather_outputs
-from pipeflow.runtime.prepared import in_types, prepare
 from pipeflow.runtime.replica import OptimizerFactory, SchedulerFactory
 from pipeflow.runtime.result import StepResult
-from pipeflow.runtime.running_statistics import BatchNormChoice, check_choice
-from pipeflow.runtime.setup import Setup, join
+from pipeflow.runtime.running_statistics import BatchNormChoice
+from pipeflow.runtime.setup import Setup, join, make_setup
 from pipeflow.runtime.state import check_state, copy_into
 from pipeflow.runtime.threads import Exchange
 from pipeflow.runtime.transport import Aborted
+from pipeflow.runtime.whole_state import gather_state
 from pipeflow.runtime.workers import Workers
-
-TransportKind = Literal["auto", "threads", "distributed"]
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -90,8 +90,9 @@ class Engine(AbstractContextManager["Engine"]):
     Raises:
         PlanError: the plan is for another graph, or asks for what this version does not run.
         VerificationError: the plan would not run to its end.
-        PlanMismatch: the ranks hold different plans.
-        EngineError: a device is not there, or the job has another number of ranks than the plan.
+        PlanMismatch: the ranks hold different plans or settings; names them.
+        EngineError: an option is none or contradicts another, a device is not there, the job has another
+            number of ranks than the plan, or the engine could not be made on another rank.
     """
 
     def __init__(
@@ -113,48 +114,67 @@ class Engine(AbstractContextManager["Engine"]):
         num_threads: int | None = None,
         measure: bool = False,
     ) -> None:
-        prepared = prepare(graph, plan, synchronised=check_choice(batch_norm) == "synchronised")
+        # A transport that is none is refused with the rest, where the other ranks hear of it.
+        distributed = transport == "distributed" or (transport != "threads" and is_launched())
+        if distributed:
+            connect()
+        meeting = Meeting() if distributed else None
+
+        def set_up() -> Setup:
+            check_transport(transport)
+            check_num_threads(num_threads)
+            return make_setup(
+                graph,
+                plan,
+                optimizer,
+                lr_scheduler=lr_scheduler,
+                parameter_groups=parameter_groups,
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                nonfinite=nonfinite,
+                precision=precision,
+                batch_norm=batch_norm,
+                seed=seed,
+                devices=devices,
+                measure=measure,
+                num_ranks=None if meeting is None else meeting.num_ranks,
+            )
+
+        self._remote: DistributedTransport | None = None
+        try:
+            self._setup = setup = together(meeting, "make the engine", set_up)
+            self._exchange = Exchange(plan.num_ranks, plan.placement)
+            self._remote = None if meeting is None else join(setup, meeting)
+            ranks = tuple(range(plan.num_ranks)) if meeting is None else (meeting.rank,)
+            self._ranks = LocalRanks(setup, ranks, self._exchange, self._remote)
+        except BaseException as error:
+            if self._remote is not None:
+                self._remote.close()
+            elif meeting is not None:
+                meeting.close()
+            if isinstance(error, Aborted):
+                raise EngineError(
+                    f"cannot make the engine: a rank has ended or is gone ({error}); start all of them again"
+                ) from error
+            raise
+        self._meeting = meeting
         self.graph = graph
         self.plan = plan
         self._step = 0
         self._loads = 0
-        self._calls = 0  # of `accumulate` and `step`: random layers draw anew in each
-        self._failed: str | None = None
+        self._num_sessions = 0
+        self._draws = 0  # calls of `accumulate` and `step`: random layers draw anew in each
+        self._calls = Calls(self._remote, self._exchange.abort)
         self._open = OpenPhase(graph)
-        self._precision = precision or Precision()
-        scale = self._precision.loss_scale
+        self._precision = setup.precision
+        scale = setup.precision.loss_scale
         self._scaler = None if scale is None else LossScaler(scale)
-        distributed = transport == "distributed" or (transport == "auto" and is_launched())
-        own_devices = resolve_devices(plan, devices, distributed=distributed)
-        numerics = self._precision.numerics_on(own_devices)
-        self._setup = Setup(
-            graph=graph,
-            plan=plan,
-            prepared=in_types(prepared, numerics),
-            copies=find_copies(graph, plan),
-            optimizers=for_each_phase(graph, optimizer, "optimizer"),
-            schedulers=for_each_phase(graph, lr_scheduler, "lr_scheduler"),
-            groups=check_groups(parameter_groups, graph),
-            policy=GradientPolicy(
-                clip_norm=clip_norm, clip_value=clip_value, nonfinite=nonfinite, loss_scaled=scale is not None
-            ),
-            precision=self._precision,
-            numerics=numerics,
-            batch_norm=batch_norm,
-            seed=seed,
-            devices=own_devices,
-            measure=measure,
-        )
-        self._exchange = Exchange(plan.num_ranks, plan.placement)
-        self._remote = join(self._setup) if distributed else None
-        ranks = tuple(range(plan.num_ranks)) if self._remote is None else (self._remote.rank,)
-        self._workers = Workers(ranks, num_threads=num_threads)
-        self._ranks = LocalRanks(self._setup, ranks, self._exchange, self._remote)
+        self._workers = Workers(ranks, num_threads=num_threads, stop=self._exchange.abort)
         self._has_followers = any(
             follows_loss(t.scheduler) for r in self._ranks.every_replica for t in r.training_by_phase.values()
         )
-        self._recorder = Recorder(plan, self._setup.prepared[None].peak_bytes_by_rank)
-        self._peaks = {rank: PeakBytes(own_devices[rank]) for rank in ranks}
+        self._recorder = Recorder(plan, setup.prepared[None].peak_bytes_by_rank)
+        self._peaks = {rank: PeakBytes(setup.devices[rank]) for rank in ranks}
 
     # --- running --------------------------------------------------------------------------
 
@@ -164,17 +184,21 @@ class Engine(AbstractContextManager["Engine"]):
         Gradients are summed over replicas once, in that step. Arguments, result and errors as
         `step`; for the mean over K batches, give each call and the step a share of 1 / K.
         """
-        self._check_trainable(share, phase)
-        result = self._run(Job("accumulate", phase), batch, share=share)[0]
-        self._open.accumulated(phase)
-        self._calls += 1
-        return result
+        with self._calls.one("accumulate", self._step, trains=True) as call:
+            self._check_trainable(share, phase)
+            job = Job("accumulate", phase)
+            microbatches = self._read(job, batch)
+            call.begin(microbatches.cut, share=float(share) if share != 1.0 else None, phase=phase)
+            result = self._run(call, job, microbatches, share=share)
+            self._open.accumulated(phase)
+            self._draws += 1
+            return result
 
     def _check_trainable(self, share: float, phase: str | None) -> None:
         if not self._setup.optimizers:
             raise EngineError("this engine has no optimizer and cannot train; pass optimizer=")
-        if not 0 < share < float("inf"):
-            raise EngineError(f"share={share}; it is what a batch's gradients count, a number above 0")
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < float("inf"):
+            raise EngineError(f"share={share!r}; it is what a batch's gradients count, a number above 0")
         self._open.check(phase)
 
     def step(self, batch: Batch, *, share: float = 1.0, phase: str | None = None) -> StepResult:
@@ -200,30 +224,36 @@ class Engine(AbstractContextManager["Engine"]):
             EngineError: no optimizer was given, the graph has not this phase or another's gradients
                 wait, or the engine has failed or is closed.
         """
-        self._check_trainable(share, phase)
-        job = Job(self._step_work(batch, phase), phase)
-        start = time.perf_counter()
-        try:
-            result = self._run(job, batch, share=share)[0]
-        except NonFiniteError:
-            self._open.stepped()  # its gradients are let go of
-            raise
-        self._open.stepped()
-        if job.work == "measured":
-            self._recorder.record_peaks({rank: peak.bytes for rank, peak in self._peaks.items()})
-        elif self._setup.measure:
-            spans = {rank: executor.spans for rank, executor in self._ranks.executors(job).items()}
-            self._recorder.record(spans, time.perf_counter() - start)
-        self._step += 1
-        self._calls += 1
-        return result
+        with self._calls.one("step", self._step, trains=True) as call:
+            self._check_trainable(share, phase)
+            job, microbatches = self._step_job(batch, phase)
+            start = time.perf_counter()
+            call.begin(microbatches.cut, share=float(share) if share != 1.0 else None, phase=phase)
+            try:
+                result = self._run(call, job, microbatches, share=share)
+            except NonFiniteError:
+                self._open.stepped()  # its gradients are let go of
+                raise
+            self._open.stepped()
+            if job.work == "measured":
+                self._recorder.record_peaks({rank: peak.bytes for rank, peak in self._peaks.items()})
+            elif self._setup.measure:
+                spans = {rank: executor.spans for rank, executor in self._ranks.executors(job).items()}
+                self._recorder.record(spans, time.perf_counter() - start)
+            self._step += 1
+            self._draws += 1
+            return result
 
-    def _step_work(self, batch: Batch, phase: str | None) -> Work:
+    def _step_job(self, batch: Batch, phase: str | None) -> tuple[Job, MicroBatches]:
         """How to step: with bytes counted, if that is wanted and the batch is the one that is planned for."""
+        job = Job("step", phase)
+        microbatches = self._read(job, batch)
         if not self._setup.measure or phase is not None or not self._recorder.wants_peaks:
-            return "step"
-        cut = self._check_batch(Job("step", phase), batch).cut
-        return "measured" if cut.even and cut.num_samples == self.plan.batch_size else "step"
+            return job, microbatches
+        if not microbatches.cut.even or microbatches.cut.num_samples != self.plan.batch_size:
+            return job, microbatches
+        measured = Job("measured", phase)
+        return measured, self._read(measured, batch)
 
     def evaluate(self, batch: Batch, *, phase: str | None = None) -> StepResult:
         """The losses of a batch with the layers in evaluation mode; nothing is trained.
@@ -234,9 +264,13 @@ class Engine(AbstractContextManager["Engine"]):
 
         Errors as `step`.
         """
-        if phase is not None:
-            self._open.check_name(phase)
-        return self._run(Job("infer", phase), batch)[0]
+        with self._calls.one("evaluate", self._step) as call:
+            if phase is not None:
+                self._open.check_name(phase)
+            job = Job("infer", phase)
+            microbatches = self._read(job, batch)
+            call.begin(microbatches.cut, phase=phase)
+            return self._run(call, job, microbatches)
 
     @overload
     def predict(self, batch: Mapping[str, Tensor], outputs: Iterable[str] | None = None) -> dict[str, Tensor]: ...
@@ -262,8 +296,9 @@ class Engine(AbstractContextManager["Engine"]):
             EngineError: a batch was given whole, and an output does not have the batch as its first
                 dimension. Else as `step`.
         """
-        names = check_outputs(self.graph, outputs, whole=isinstance(batch, Mapping))
-        return self._predict(Job("infer", outputs=names), batch)
+        with self._calls.one("predict", self._step) as call:
+            names = check_outputs(self.graph, outputs, whole=isinstance(batch, Mapping))
+            return self._predict(call, Job("infer", outputs=names), batch)
 
     def decode(self, batch_size: int, outputs: Iterable[str] | None = None) -> DecodeSession:
         """Opens a session that runs sequences a few steps at a time, and remembers what came before.
@@ -287,15 +322,20 @@ class Engine(AbstractContextManager["Engine"]):
         """
         names = check_outputs(self.graph, outputs, whole=True)
         check_decoding(self.graph, names, batch_size)
-        weights = self._weights
+        weights, number = self._weights, self._num_sessions
+        self._num_sessions += 1
 
         def run(session: DecodeSession, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self._calls.check()
             if self._weights != weights:
                 raise EngineError(
                     "the weights have changed since this decode session was opened, and what it remembers is of those "
                     "before; open another"
                 )
-            return self._predict(Job("infer", outputs=names, session=session), batch)  # type: ignore[return-value]
+            with self._calls.one("decode", self._step) as call:
+                job = Job("infer", outputs=names, session=session)
+                sequence = f"{session.num_steps} of session {number}"
+                return self._predict(call, job, batch, sequence)  # type: ignore[return-value]
 
         def end(session: DecodeSession) -> None:
             job = Job("infer", outputs=names, session=session)
@@ -306,40 +346,50 @@ class Engine(AbstractContextManager["Engine"]):
     @property
     def _weights(self) -> tuple[int, int]:
         """Changes when weights may have."""
-        return self._calls, self._loads
+        return self._draws, self._loads
 
-    def _predict(self, job: Job, batch: Batch) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        microbatches = self._run(job, batch)[1]
+    def _predict(
+        self, call: OneCall, job: Job, batch: Batch, step: str | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        microbatches = self._read(job, batch)
+        call.begin(microbatches.cut, outputs=job.outputs, step=step)
+        self._run(call, job, microbatches)
         states = {rank: executor.state for rank, executor in self._ranks.executors(job).items()}
         return gather_outputs(self.graph, self.plan, job.outputs or (), microbatches, states, self._remote)
 
-    def _run(self, job: Job, batch: Batch, *, share: float = 1.0) -> tuple[StepResult, MicroBatches]:
-        if self._failed:
-            raise EngineError(f"this engine cannot run any more: {self._failed}; make a new one")
+    def _read(self, job: Job, batch: Batch) -> MicroBatches:
+        """The batch as the job takes it. Nothing is sent."""
         self._precision.check_surroundings()
+        microbatches = self._ranks.reader(job).read(batch)
+        if job.session is not None:
+            job.session.check_rows(microbatches)
+        return microbatches
+
+    def _run(self, call: OneCall, job: Job, microbatches: MicroBatches, *, share: float = 1.0) -> StepResult:
         executors = self._ranks.executors(job)
-        microbatches = self._check_batch(job, batch)
-        draw = self._calls + (job.session.num_steps if job.session is not None else 0)
+        draw = self._draws + (job.session.num_steps if job.session is not None else 0)
         train, graph = job.work != "infer", self._setup.prepared[job.phase].graph
         loss_scale = self.loss_scale or 1.0
 
         def task(rank: int) -> None:
-            for replica in self._ranks.replicas[rank].values():
-                replica.train(train)
-                if train:
-                    replica.enter(job.phase)
+            executor = executors[rank]
             try:
-                with torch.set_grad_enabled(train), self._watched(job, rank, batch):
-                    executors[rank].run(microbatches, step=self._step, share=share, draw=draw, loss_scale=loss_scale)
+                for replica in self._ranks.replicas[rank].values():
+                    replica.train(train)
+                    if train:
+                        replica.enter(job.phase)
+                with torch.set_grad_enabled(train), self._watched(job, rank, microbatches.given):
+                    executor.run(microbatches, call=call.call, share=share, draw=draw, loss_scale=loss_scale)
             except NonFiniteError:
                 raise  # every rank raises it by itself
             except BaseException as error:
-                self._spread(error)
+                call.spread(executor.interrupted_at or error, rank)
                 raise
 
         _, errors = self._workers.run(task)
         if errors:
-            self._raise(errors)
+            # What went wrong first, rather than what followed from it.
+            raise next((error for error in errors if not isinstance(error, Aborted)), errors[0])
         first = executors[self._workers.ranks[0]]
         weights = {name: graph.layers[name].weight for name in graph.losses}
         verdict = first.state.verdict
@@ -348,7 +398,7 @@ class Engine(AbstractContextManager["Engine"]):
         result = StepResult(num_samples, dict(first.losses), weights, verdict.norm, verdict.skip, scale)
         if job.work in ("step", "measured"):
             self._end_step(result, overflow=verdict.overflow)
-        return result, microbatches
+        return result
 
     def _end_step(self, result: StepResult, *, overflow: bool) -> None:
         """What follows from a step for the next."""
@@ -364,48 +414,6 @@ class Engine(AbstractContextManager["Engine"]):
         read = self._ranks.executors(job)[rank].state.read_inputs
         return self._peaks[rank].watched(self._ranks.replicas[rank].values(), batch, read)
 
-    def _check_batch(self, job: Job, batch: Batch) -> MicroBatches:
-        try:
-            microbatches = self._ranks.reader(job).read(batch)
-            if job.session is not None:
-                job.session.check_rows(microbatches)
-            return microbatches
-        except BatchError as error:
-            if self._remote is not None:
-                self._spread(_batch_failure(error, self._remote.rank, self._step))
-                self._failed = f"a batch was refused: {error}"
-            raise
-
-    def _spread(self, error: BaseException) -> None:
-        """Lets every other rank know, so that none waits for this one."""
-        if self._remote is None:
-            self._exchange.abort()
-        elif isinstance(error, LayerFailure):
-            self._remote.report(error)
-        else:
-            self._remote.abort()
-
-    def _raise(self, errors: list[BaseException]) -> None:
-        """Raises what went wrong first, rather than what followed from it."""
-        own = [e for e in errors if not isinstance(e, Aborted)]
-        error = own[0] if own else errors[0]
-        if isinstance(error, NonFiniteError):
-            raise error
-        self._failed = str(error)
-        if isinstance(error, Aborted):
-            reported = None if self._remote is None else self._remote.failure()
-            rank = -1 if self._remote is None else self._remote.rank
-            raise reported or LayerFailure(
-                rank=rank,
-                stage=None,
-                layer=None,
-                microbatch=None,
-                step=self._step,
-                phase="transport",
-                original=f"a peer is gone or sent something else than planned: {error}",
-            ) from None
-        raise error
-
     # --- state ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -414,19 +422,9 @@ class Engine(AbstractContextManager["Engine"]):
         Returns:
             CPU tensors by `<layer>.<name>`; a shared parameter stands once, under its first name.
         """
-        result = {}
-        for name, spec in {**self.graph.parameters, **self.graph.buffers}.items():
-            stage = self.plan.stage_by_layer[self.graph.owner(name)]
-            owner = self.plan.stages[stage].devices[0]
-            own = self._ranks.replicas[owner][stage].tensors()[name] if owner in self._ranks.replicas else None
-            if self._remote is None:
-                assert own is not None
-                result[name] = own.detach().to("cpu", copy=True)
-            else:
-                result[name] = self._remote.give_shaped(
-                    own, spec.shape_at(1), self._precision.stored(spec), owner
-                ).cpu()
-        return result
+        with self._calls.one("state_dict", self._step, weights_alone=True) as call:
+            call.meet()
+            return gather_state(self.graph, self.plan, self._precision, self._ranks.replicas, self._remote)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes parameters and buffers, by the names that `state_dict` gives; on every rank.
@@ -434,13 +432,22 @@ class Engine(AbstractContextManager["Engine"]):
         Optimizers keep their state. Gradients that wait for a step are of other weights, and let go of.
 
         Raises:
-            CheckpointError: a name is missing or unknown, or a shape or dtype differs; nothing has changed.
+            CheckpointError: a name is missing or unknown, or a shape or dtype differs, here or on another
+                rank; nothing has changed on any.
         """
-        check_state(self.graph, state, self._precision.stored)
-        for replica in self._ranks.every_replica:
-            copy_into(replica.tensors(), state)
-            replica.written()
-        self._weights_loaded()
+        with self._calls.one("load_state_dict", self._step, trains=True) as call:
+            call.meet()
+            together(
+                self._meeting,
+                "load the state",
+                lambda: check_state(self.graph, state, self._precision.stored),
+                CheckpointError,
+            )
+            for replica in self._ranks.every_replica:
+                copy_into(replica.tensors(), state)
+                replica.written()
+            self._ranks.agree_on_weights()
+            self._weights_loaded()
 
     def _weights_loaded(self) -> None:
         """Nothing that was made of the weights before is of use: gradients, decode sessions."""
@@ -455,8 +462,11 @@ class Engine(AbstractContextManager["Engine"]):
         Any plan for the same graph can load it. Gradients that wait for a step are not in it.
         Collective under `torchrun`: every rank calls it, with a path that all reach.
         """
-        scale = None if self._scaler is None else self._scaler.state_dict()
-        checkpoint.save(path, self.graph, self._ranks.owned, Progress(self._step, self._calls, scale))
+        with self._calls.one("save", self._step, weights_alone=True) as call:
+            call.meet()
+            scale = None if self._scaler is None else self._scaler.state_dict()
+            progress = Progress(self._step, self._draws, scale)
+            checkpoint.save(path, self.graph, self._ranks.owned, progress, self._meeting)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save` wrote, under this or any other plan.
@@ -469,11 +479,13 @@ class Engine(AbstractContextManager["Engine"]):
             CheckpointError: files are missing or altered, or the checkpoint is another model's,
                 optimizer's or scheduler's, or of other `parameter_groups`; nothing has changed.
         """
-        progress = checkpoint.load(path, self.graph, self._ranks.every_replica)
-        self._weights_loaded()
-        self._step, self._calls = progress.step, progress.calls
-        if self._scaler is not None and progress.loss_scale is not None:
-            self._scaler.load_state_dict(progress.loss_scale)
+        with self._calls.one("load", self._step, trains=True) as call:
+            call.meet()
+            progress = checkpoint.load(path, self.graph, self._ranks.every_replica, self._meeting)
+            self._weights_loaded()
+            self._step, self._draws = progress.step, progress.calls
+            if self._scaler is not None and progress.loss_scale is not None:
+                self._scaler.load_state_dict(progress.loss_scale)
 
     @property
     def num_steps(self) -> int:
@@ -490,11 +502,17 @@ class Engine(AbstractContextManager["Engine"]):
 
         Collective under `torchrun`. Raises EngineError without `measure=True` or a step.
         """
-        return self._recorder.summary(self._remote)
+        with self._calls.one("measured", self._step, weights_alone=True) as call:
+            self._recorder.check()
+            call.meet()
+            return self._recorder.summary(self._remote)
 
     def close(self) -> None:
         """Ends the ranks' threads and lets go of process groups. The engine is of no use after."""
-        self._failed = self._failed or "it is closed"
+        self._close(None)
+
+    def _close(self, because: BaseException | None) -> None:
+        self._calls.close(because)
         self._workers.close()
         if self._remote is not None:
             self._remote.close()
@@ -505,16 +523,4 @@ class Engine(AbstractContextManager["Engine"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-
-def _batch_failure(error: BatchError, rank: int, step: int) -> LayerFailure:
-    return LayerFailure(
-        rank=rank,
-        stage=None,
-        layer=None,
-        microbatch=None,
-        step=step,
-        phase="batch",
-        original=f"BatchError: {error}",
-    )
+        self._close(error)

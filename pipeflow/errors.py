@@ -95,7 +95,10 @@ class VerificationError(PipeflowError):
 
 
 class BatchError(PipeflowError, ValueError):
-    """A batch with wrong keys, dtypes or shapes. Raised before anything is sent."""
+    """A batch with wrong keys, dtypes or shapes. Raised before anything is sent; the engine goes on.
+
+    Where each rank is a process, ranks that took the batch end with a LayerFailure that says so.
+    """
 
 
 class EngineError(PipeflowError, RuntimeError):
@@ -110,7 +113,7 @@ class NonFiniteError(EngineError):
 
 
 class PlanMismatch(EngineError):
-    """Ranks hold different plans or graphs. Raised on every rank before the first step."""
+    """Ranks hold different plans, graphs, settings or optimizers. Raised on every rank before the first step."""
 
 
 class CheckpointError(PipeflowError, RuntimeError):
@@ -126,7 +129,8 @@ class LayerFailure(EngineError):
         layer: name of the layer, or None where it is not known.
         microbatch: index of the micro-batch, or None.
         step: index of the step, counted from 0.
-        phase: "forward", "backward", "optimizer", "transport" or "batch".
+        phase: "forward", "backward", "optimizer", "transport"; "batch" or "call" where ranks were given
+            different ones or one of them was refused; "interrupt" where a rank was stopped by hand.
         original: type and message of the original exception, as one line.
         trace: its traceback as text, for ranks on which the exception object is not.
     """

@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pipeflow as pf
-from pipeflow.errors import PipeflowError
+from pipeflow.errors import LayerFailure, PipeflowError
 from pipeflow.testing.graphs import RunningShift
-from tests.runtime.models import THREE_STAGES, bomb_graph, forked_batch, forked_graph, make_plan, sgd
+from tests.runtime.models import (
+    THREE_STAGES,
+    bomb_batch,
+    bomb_graph,
+    bomb_plan,
+    forked_batch,
+    forked_graph,
+    make_plan,
+    sgd,
+)
 from tests.runtime.sequence_models import MOLECULE_STAGES, molecule_model, molecules
 from tests.runtime.test_decoding import Sum, decoder
 
@@ -336,6 +345,31 @@ def recorded_steps() -> None:
     pf.Reference(forked_graph(), lambda p: torch.optim.Adam(p, differentiable=True))
 
 
+def sparse_optimizer() -> None:
+    pf.Reference(forked_graph(), torch.optim.SparseAdam)
+
+
+def made_optimizer() -> None:
+    pf.Reference(forked_graph(), sgd([nn.Parameter(torch.ones(1))]))  # type: ignore[arg-type]
+
+
+def training_without_an_optimizer() -> None:
+    graph = forked_graph()
+    pf.Engine(graph, make_plan(graph, THREE_STAGES), clip_norm=1.0)
+
+
+def limit_that_is_no_number() -> None:
+    pf.Reference(forked_graph(), sgd, clip_norm=float("nan"))
+
+
+def weights_of_a_failed_engine() -> None:
+    graph = bomb_graph("second", "backward")
+    with pf.Engine(graph, bomb_plan(graph, "1f1b"), sgd) as engine:
+        with pytest.raises(LayerFailure):
+            engine.step(bomb_batch(1))
+        engine.state_dict()
+
+
 def autocast_around() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pf.Reference(chain(), sgd).step({"x": torch.zeros(4, 4)})
@@ -428,6 +462,11 @@ REFUSED: dict[str, Callable[[], object]] = {
     "an optimizer that needs a closure": closure_optimizer,
     "a training step of a graph with phases that names none": step_without_a_phase,
     "an optimizer that records its own steps": recorded_steps,
+    "an optimizer of sparse gradients alone": sparse_optimizer,
+    "an optimizer or scheduler in place of what makes one": made_optimizer,
+    "options of training without an optimizer": training_without_an_optimizer,
+    "limits of gradients that are no numbers above 0": limit_that_is_no_number,
+    "weights of an engine that has failed": weights_of_a_failed_engine,
     "autocast around a call": autocast_around,
     "a layer that does not run in the types of the precision": no_kernel_for_the_type,
     "two half types at once": two_half_types,

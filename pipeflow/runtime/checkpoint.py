@@ -17,14 +17,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -32,8 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from pipeflow.errors import CheckpointError
 from pipeflow.graphs.layer_graph import LayerGraph
-from pipeflow.runtime.distributed import gather_texts
 from pipeflow.runtime.manifest import Manifest, file_digests, read_manifest, write_manifest
+from pipeflow.runtime.meeting import Meeting, by_text, together
 from pipeflow.runtime.optimizer_state import (
     check_training,
     optimizer_key,
@@ -43,8 +42,6 @@ from pipeflow.runtime.optimizer_state import (
 )
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.state import copy_into
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +67,27 @@ class _Part:
     entries: dict[str, dict[str, Any]]
 
 
-def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[StageReplica], progress: Progress) -> None:
-    """Writes a checkpoint. Collective where a process group is up.
+def save(
+    path: str | os.PathLike[str],
+    graph: LayerGraph,
+    replicas: Sequence[StageReplica],
+    progress: Progress,
+    meeting: Meeting | None = None,
+) -> None:
+    """Writes a checkpoint. Collective where there is a meeting.
 
     Args:
         path: a folder, new or empty, that all ranks reach.
         replicas: the stages that this process saves; over all processes, each stage once.
         progress: how far the training is.
+        meeting: of all ranks; None where there is one process.
 
     Raises:
         CheckpointError: the folder holds something already or cannot be written, or an optimizer's state is
-            nothing that can be saved.
+            nothing that can be saved; here or on another rank.
     """
     folder = Path(path)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = meeting is None or meeting.rank == 0
 
     def collect() -> _Part:
         if first:
@@ -91,12 +95,15 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
         return _collect(replicas)
 
     def write() -> None:
-        with _torch_errors(f"{folder} cannot be written"):
-            save_tensors(dict(part.tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with _torch_errors(f"{folder} cannot be written", is_shared=meeting is not None):
+            tensors = dict(part.tensors)
+            save_tensors(tensors, checkpoint_id=folder, process_group=_group(meeting), no_dist=meeting is None)
 
-    part = _together(collect)
-    _together(write)
-    parts = [json.loads(text) for text in gather_texts(json.dumps(part.entries))]
+    what = f"save to {folder}"
+    part = together(meeting, what, collect, CheckpointError)
+    together(meeting, what, write, CheckpointError)
+    entries = json.dumps(part.entries)
+    parts = [json.loads(text) for text in ([entries] if meeting is None else meeting.hear(entries))]
 
     def conclude() -> None:
         if first:
@@ -111,7 +118,7 @@ def save(path: str | os.PathLike[str], graph: LayerGraph, replicas: Sequence[Sta
             }
             write_manifest(folder, Manifest.model_validate(entries | merged))
 
-    _together(conclude)  # nobody returns before the manifest is there
+    together(meeting, what, conclude, CheckpointError)  # nobody returns before the manifest is there
 
 
 def _check_new(folder: Path) -> None:
@@ -138,12 +145,18 @@ def _collect(replicas: Iterable[StageReplica]) -> _Part:
     return _Part(tensors, {"tensors": saved, "trained": trained, "schedulers": schedulers})
 
 
-def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[StageReplica]) -> Progress:
+def load(
+    path: str | os.PathLike[str],
+    graph: LayerGraph,
+    replicas: Iterable[StageReplica],
+    meeting: Meeting | None = None,
+) -> Progress:
     """Reads a checkpoint into stages, whatever plan it was written under. Collective as `save`.
 
     Args:
         path: the folder.
         replicas: all stages that this process holds.
+        meeting: of all ranks; None where there is one process.
 
     Returns:
         How far the training was when it was written.
@@ -151,17 +164,25 @@ def load(path: str | os.PathLike[str], graph: LayerGraph, replicas: Iterable[Sta
     Raises:
         CheckpointError: the folder is no checkpoint, a file is missing or altered, or the checkpoint
             is of another model, optimizer or scheduler. Nothing has changed then, on any rank.
+        Exception: an optimizer or scheduler of the user's did not take its state. That is half-way.
     """
     folder, held = Path(path), list(replicas)
-    manifest = _together(lambda: _check(read_manifest(folder), folder, graph, held))
+    what = f"load {folder}"
+    manifest = together(meeting, what, lambda: _check(read_manifest(folder), folder, graph, held), CheckpointError)
+    if meeting is not None:
+        _check_one(meeting, folder, manifest)
     names = {name for replica in held for name in replica.tensors()}
-    tensors = _together(lambda: _read(folder, manifest, names))
+    tensors = together(meeting, what, lambda: _read(folder, manifest, names, meeting), CheckpointError)
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    for replica in held:
-        copy_into(replica.tensors(), model)
-        replica.written()
-        for phase, training in replica.training_by_phase.items():
-            restore_training(replica, phase, training, tensors, manifest)
+
+    def take() -> None:
+        for replica in held:
+            copy_into(replica.tensors(), model)
+            replica.written()
+            for phase, training in replica.training_by_phase.items():
+                restore_training(replica, phase, training, tensors, manifest)
+
+    together(meeting, what, take)
     return Progress(manifest.step, manifest.calls, manifest.loss_scale)
 
 
@@ -187,15 +208,25 @@ def _check(manifest: Manifest, folder: Path, graph: LayerGraph, replicas: Iterab
     return manifest
 
 
-def _read(folder: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, Tensor]:
+def _check_one(meeting: Meeting, folder: Path, manifest: Manifest) -> None:
+    """Whether all ranks are about to load the same checkpoint: each may have a folder of its own."""
+    seals = dict(enumerate(meeting.hear(manifest.sha256)))
+    if len(set(seals.values())) > 1:
+        listing = ", ".join(f"{seal[:12]} on {ranks}" for seal, ranks in by_text(seals))
+        raise CheckpointError(
+            f"the ranks are given different checkpoints, {listing}, here in {folder}; give all the same, or copies"
+        )
+
+
+def _read(folder: Path, manifest: Manifest, names: Iterable[str], meeting: Meeting | None) -> dict[str, Tensor]:
     """The checkpoint's tensors for the parameters and buffers of these names, by key."""
-    with _torch_errors(f"{folder} cannot be read"):
+    with _torch_errors(f"{folder} cannot be read", is_shared=meeting is not None):
         wanted = {
             key: torch.empty(saved.shape, dtype=getattr(torch, saved.dtype))
             for key, saved in manifest.tensors.items()
             if _parameter_of(key, names) is not None
         }
-        load_tensors(wanted, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        load_tensors(wanted, checkpoint_id=folder, process_group=_group(meeting), no_dist=meeting is None)
     return wanted
 
 
@@ -208,24 +239,13 @@ def _parameter_of(key: str, names: Iterable[str]) -> str | None:
     return name if name in names else None
 
 
-def _together(work: Callable[[], _T]) -> _T:
-    """What the work gives, once it is done on every rank.
-
-    Raises:
-        CheckpointError: it failed on one of them; then it has on all, so that none waits for another.
-    """
-    cause, problem = None, ""
-    try:
-        result = work()
-    except Exception as error:
-        cause, problem = error, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-    if problem := next(filter(None, gather_texts(problem)), ""):
-        raise CheckpointError(problem) from cause
-    return result
+def _group(meeting: Meeting | None) -> Any:
+    """The group over which torch's reader and writer agree."""
+    return None if meeting is None else meeting.group
 
 
 @contextmanager
-def _torch_errors(what: str) -> Iterator[None]:
+def _torch_errors(what: str, *, is_shared: bool) -> Iterator[None]:
     """What torch's reader and writer raise, as CheckpointError.
 
     Without torch's remark that there is no process group, where there is none on purpose.
@@ -234,5 +254,10 @@ def _torch_errors(what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             yield
-    except (CheckpointException, Exception) as error:  # the first is no Exception
+    except CheckpointException as error:  # raised on every rank alike
+        problems = {rank: f"{type(e).__name__}: {e}" for rank, (e, _) in error.failures.items()}
+        on = "{text}" if len(problems) == 1 and not is_shared else "{text} (on {ranks})"
+        listing = "; ".join(on.format(text=text, ranks=ranks) for text, ranks in by_text(problems))
+        raise CheckpointError(f"{what}: {listing}") from error
+    except Exception as error:
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error

@@ -2,15 +2,15 @@
 
 One rank is one process. Data, gradient sums and agreement between ranks travel in process
 groups of their own, so that none waits behind another. Object collectives are not used: they
-unpickle what arrives. Agreement is JSON and digests in uint8 tensors.
+unpickle what arrives.
 
 Over gloo, what goes to higher ranks and what goes to lower ones use two groups [3]: a connection
 has a lock, and gloo's thread spins on it when data arrives while the rank's own thread, which posts
 a send, holds it and is not running. On two cores that took half of a step of small layers.
 
-Messages are tagged with how large the micro-batches are, so that ranks which disagree about that
-never take each other's data but wait; a watch on each rank, which costs a step nothing, then
-compares what they have through the store and breaks the groups [2].
+Messages are tagged with the call that they belong to (`pipeflow.runtime.call`), so that ranks which
+are asked for different things never take each other's data but wait; a watch on each rank, which
+costs a step nothing, then compares what they are asked for and breaks the groups [2].
 
 When a rank fails it writes what happened to the store and breaks its groups; its peers' waits
 then raise within milliseconds, they read the record, and break theirs in turn. gloo has no call
@@ -19,36 +19,37 @@ to break a group, but a receive that times out closes all connections of its gro
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from pipeflow.errors import EngineError, LayerFailure, PlanMismatch
+from pipeflow.errors import EngineError, LayerFailure
 from pipeflow.execution_plan import Plan
 from pipeflow.graphs.tensor_spec import TensorSpec
 from pipeflow.program import Direction, Placement, Receive, Route
-from pipeflow.runtime.cut import Cut, LengthPairs, even_cut
+from pipeflow.runtime.board import Board
+from pipeflow.runtime.call import Call
+from pipeflow.runtime.channels import Channel, Posted, Sent, wait_for
+from pipeflow.runtime.cut import LengthPairs, even_cut
+from pipeflow.runtime.meeting import Meeting
 from pipeflow.runtime.transport import Aborted, Payload
+from pipeflow.runtime.watch import Watch
 
 _POSTED_AHEAD = 4  # receives posted per channel; gloo moves no data before the receiver has posted
 _ABORT_TAG = (1 << 31) - 1
-_SHARE_TAG = 0
-_EXCHANGE_TAG = (1 << 31) - 2
+_SHARE_TAG = 1 << 29  # added to a call's, which are below
+_EXCHANGE_TAG = 1 << 30
 _DIRECT_RANKS = 8  # up to so many ranks share losses directly, more by an all-reduce
-_WATCH_INTERVAL = 0.5  # seconds after which a step is long enough to ask whether the ranks agree
 _REMEMBERED = 1 << 16  # shapes that are kept; then all are worked out anew
 _RECORD_WAIT = 2.0  # seconds to look for the record of a peer's failure
 
@@ -106,13 +107,6 @@ def share_text(text: str | None, *, source: int = 0) -> str:
     return bytes(payload.tolist()).decode()
 
 
-def gather_texts(text: str) -> list[str]:
-    """The text of every rank, in rank order, on every rank; alone without a process group."""
-    if not dist.is_initialized():
-        return [text]
-    return [share_text(text, source=rank) for rank in range(dist.get_world_size())]
-
-
 def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
     """Gives every rank the plan of rank `source`; the others pass None.
 
@@ -124,57 +118,6 @@ def share_plan(plan: Plan | None, *, source: int = 0) -> Plan:
     return Plan.model_validate_json(share_text(plan.model_dump_json() if plan else None, source=source))
 
 
-@dataclass(slots=True)
-class _Posted:
-    """A posted receive.
-
-    Attributes:
-        tensors: where they will be; None for an empty micro-batch.
-        present: a byte for each, 0 for a gradient that backward did not give; None where all are.
-    """
-
-    works: list[Any]
-    tensors: list[Tensor] | None
-    present: Tensor | None = None
-
-    def payload(self) -> Payload:
-        """What has arrived."""
-        if self.present is None or self.tensors is None:
-            return self.tensors
-        return [t if is_there else None for t, is_there in zip(self.tensors, self.present.tolist(), strict=True)]
-
-
-@dataclass
-class _Channel:
-    """What this rank will receive from one peer, and what it knows to have arrived there.
-
-    Attributes:
-        posted, waiting: receives that are posted, and those that are not yet.
-        arrived: for each receive to come, how many messages to the peer have then arrived.
-        num_released: of these, how many are let go of.
-    """
-
-    posted: deque[_Posted] = field(default_factory=deque)
-    waiting: deque[Receive] = field(default_factory=deque)
-    arrived: deque[int] = field(default_factory=deque)
-    num_released: int = 0
-
-
-@dataclass(slots=True)
-class _Sent:
-    """A posted send; the tensors live until it has left."""
-
-    route: Route
-    microbatch: int
-    works: list[Any]
-    tensors: list[Tensor]
-
-
-def _wait(sent: _Sent) -> None:
-    for work in sent.works:
-        work.wait()
-
-
 class DistributedTransport:
     """This process's end. Making one is collective: every rank does, with the same arguments.
 
@@ -183,11 +126,8 @@ class DistributedTransport:
         channels: (source, target) of every directed pair of ranks that talk, sorted.
         specs: of every tensor of the graph.
         sharing: by stages that hold copies of parameters, the ranks of all their replicas.
-        digest: of all that the ranks must agree on.
+        meeting: of all ranks, which hold the same settings.
         device: where this rank computes.
-
-    Raises:
-        PlanMismatch: the digests differ.
     """
 
     def __init__(
@@ -197,18 +137,19 @@ class DistributedTransport:
         specs: dict[str, TensorSpec],
         *,
         sharing: Mapping[tuple[int, ...], tuple[int, ...]],
-        digest: str,
+        meeting: Meeting,
         device: torch.device,
     ) -> None:
         self.rank = dist.get_rank()
         self._placement = placement
         self._specs = specs
         self._device = device
-        self._control = dist.new_group(backend="gloo")
-        self._check_digest(digest)
-        store = PrefixStore(f"engine/{digest}", dist.distributed_c10d._get_default_store())
+        self.meeting = meeting
+        self._control = meeting.group
+        store = PrefixStore("engines", dist.distributed_c10d._get_default_store())
         # An engine that follows a failed one must not read its record.
-        self._store = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        own = PrefixStore(str(store.add(f"engines of rank {self.rank}", 1)), store)
+        self.board = Board(own, self.rank, meeting.num_ranks)
         self._up, self._down = (dist.new_group(backend="gloo") for _ in range(2))  # [3]
         self._data: dict[tuple[int, int], Any] = {}
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -221,31 +162,18 @@ class DistributedTransport:
             stages: dist.new_group(ranks, backend=backend) for stages, ranks in sharing.items() if len(ranks) > 1
         }
         self._world = dist.new_group(backend=backend) if backend == "nccl" else self._up
-        self._channels: dict[int, _Channel] = {}
+        self._channels: dict[int, Channel] = {}
         self._cut = even_cut(0, 1)
         self._may_lack = False
         self._tag = 0
-        self._step = 0
-        self._started: float | None = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, name=f"pipeflow-watch-{self.rank}", daemon=True).start()
+        self._lock = threading.Lock()  # the watch may break groups while the rank's own thread closes them
+        self._is_closed = False
+        self.watch = Watch(self.board, self.rank, self.report)  # [2]
         self._layouts: dict[tuple[str, int, LengthPairs], tuple[tuple[int, ...], torch.dtype]] = {}
-        self._sent: dict[int, deque[_Sent]] = {}
+        self._sent: dict[int, deque[Sent]] = {}
 
     def _towards(self, source: int, target: int) -> Any:
         return self._up if source < target else self._down
-
-    def _check_digest(self, digest: str) -> None:
-        mine = torch.tensor(list(hashlib.sha256(digest.encode()).digest()), dtype=torch.uint8)
-        theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(theirs, mine, group=self._control)
-        digests = [bytes(t.tolist()).hex()[:12] for t in theirs]
-        if len(set(digests)) > 1:
-            listing = ", ".join(f"rank {r}: {d}" for r, d in enumerate(digests))
-            raise PlanMismatch(
-                f"the ranks hold different plans, graphs, seeds or initial settings ({listing}); plan on one rank "
-                "and share the plan (pipeflow.runtime.distributed.share_plan), or load it from one file"
-            )
 
     # --- payloads -------------------------------------------------------------------------
 
@@ -264,49 +192,21 @@ class DistributedTransport:
         shape, dtype = self._layout(name, microbatch)
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+    def begin(self, receives: Sequence[Receive], call: Call, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+        assert call.cut is not None
         self._may_lack = may_lack
-        self._cut = cut
-        self._tag = cut.tag
-        self._step += 1
-        self._started = time.monotonic()
+        self._cut = call.cut
+        self._tag = call.tag
         self._channels = {}
         for receive, count in zip(receives, arrived or [0] * len(receives), strict=True):
-            channel = self._channels.setdefault(receive.peer, _Channel())
+            channel = self._channels.setdefault(receive.peer, Channel())
             channel.waiting.append(receive)
             channel.arrived.append(count)
         for channel in self._channels.values():
             for _ in range(_POSTED_AHEAD):
                 self._post(channel)
 
-    def _watch(self) -> None:
-        """[2] in a thread of its own: says what this rank's micro-batches are once a step takes long."""
-        published = -1
-        while not self._closed.wait(_WATCH_INTERVAL):
-            step, mine, started = self._step, str(self._cut), self._started
-            if started is None or time.monotonic() - started < _WATCH_INTERVAL:
-                continue
-            key = f"micro-batches of step {step} on rank "
-            with suppress(RuntimeError):
-                if published != step:
-                    self._store.set(f"{key}{self.rank}", mine)
-                    published = step
-                if self._store.check([f"{key}0"]) and (others := self._store.get(f"{key}0").decode()) != mine:
-                    self._disagree(step, mine, others)
-                    return
-
-    def _disagree(self, step: int, mine: str, others: str) -> None:
-        message = (
-            f"BatchError: the batch has {mine} on rank {self.rank} and {others} on rank 0; every rank must be given "
-            "the same batch"
-        )
-        self.report(
-            LayerFailure(
-                rank=self.rank, stage=None, layer=None, microbatch=None, step=step, phase="batch", original=message
-            )
-        )
-
-    def _post(self, channel: _Channel) -> None:
+    def _post(self, channel: Channel) -> None:
         if not channel.waiting:
             return
         receive = channel.waiting.popleft()
@@ -314,7 +214,7 @@ class DistributedTransport:
         peer = dist.get_group_rank(group, receive.peer)
         if not self._cut.sizes[receive.microbatch]:
             empty = torch.empty(1, device=self._device)
-            channel.posted.append(_Posted([group.recv([empty], peer, self._tag)], None))
+            channel.posted.append(Posted([group.recv([empty], peer, self._tag)], None))
             return
         tensors = []
         for name in receive.route.payload:
@@ -325,7 +225,7 @@ class DistributedTransport:
         if self._may_lack and receive.route.direction is Direction.BACKWARD:
             present = torch.empty(len(tensors), dtype=torch.uint8)
             works.append(self._towards(receive.peer, self.rank).recv([present], receive.peer, self._tag))
-        channel.posted.append(_Posted(works, tensors, present))
+        channel.posted.append(Posted(works, tensors, present))
 
     def receiver(self, route: Route, peer: int) -> Callable[[int], Payload]:
         sent = self._sent.setdefault(peer, deque())
@@ -339,7 +239,7 @@ class DistributedTransport:
                 self._post(channel)
                 arrived = channel.arrived.popleft()
                 while channel.num_released < arrived:
-                    _wait(sent.popleft())
+                    wait_for(sent.popleft())
                     channel.num_released += 1
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
@@ -374,7 +274,7 @@ class DistributedTransport:
                 if self._may_lack and payload is not None and route.direction is Direction.BACKWARD:
                     tensors.append(torch.tensor([t is not None for t in payload], dtype=torch.uint8))
                     works.append(self._towards(self.rank, peer).send([tensors[-1]], peer, self._tag))
-                sent.append(_Sent(route, microbatch, works, tensors))
+                sent.append(Sent(route, microbatch, works, tensors))
             except RuntimeError as error:
                 raise Aborted(str(error)) from error
 
@@ -384,8 +284,7 @@ class DistributedTransport:
         try:
             for sent in self._sent.values():
                 while sent:
-                    _wait(sent.popleft())
-            self._started = None
+                    wait_for(sent.popleft())
         except RuntimeError as error:
             raise Aborted(str(error)) from error
 
@@ -402,16 +301,17 @@ class DistributedTransport:
         if num_ranks > _DIRECT_RANKS:
             return self._start_sum(values, self._control)
         # Few ranks tell each other: the last to compute, for whom all wait, then waits for nobody.
-        wait = self._start_exchange([rank for rank in range(num_ranks) if rank != self.rank], values, _SHARE_TAG)
+        others = [rank for rank in range(num_ranks) if rank != self.rank]
+        wait = self._start_exchange(others, values, _SHARE_TAG + self._tag)
 
         def total() -> Tensor:
-            others = wait()
-            return torch.stack([*others[: self.rank], values, *others[self.rank :]]).sum(0)
+            theirs = wait()
+            return torch.stack([*theirs[: self.rank], values, *theirs[self.rank :]]).sum(0)
 
         return total
 
     def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
-        return self._start_exchange(peers, values, _EXCHANGE_TAG)()
+        return self._start_exchange(peers, values, _EXCHANGE_TAG + self._tag)()
 
     def _start_exchange(self, peers: Sequence[int], values: Tensor, tag: int) -> Callable[[], list[Tensor]]:
         """Gives a small CPU tensor to the peers; the result waits and gives theirs."""
@@ -452,7 +352,7 @@ class DistributedTransport:
 
     def broadcast_in_stage(self, tensor: Tensor, stage: int) -> None:
         """Gives all replicas of a stage the tensor of its first, in place."""
-        dist.broadcast(_as_bytes(tensor.detach()), self._placement[stage][0], group=self._reduce[stage])
+        self._broadcast(tensor.detach(), self._placement[stage][0], self._reduce[stage])
 
     def give(self, tensor: Tensor | None, name: str, microbatch: int, owner: int) -> Tensor:
         """Gives every rank a tensor of the graph that rank `owner` has, of a micro-batch of the last step."""
@@ -466,30 +366,54 @@ class DistributedTransport:
             copy = tensor.detach().contiguous().clone()
         else:
             copy = torch.empty(shape, dtype=dtype, device=self._device)
-        dist.broadcast(_as_bytes(copy), owner, group=self._world)
+        self._broadcast(copy, owner, self._world)
         return copy
+
+    def _broadcast(self, tensor: Tensor, owner: int, group: Any) -> None:
+        try:
+            dist.broadcast(_as_bytes(tensor), owner, group=group)
+        except RuntimeError as error:
+            raise Aborted(str(error)) from error
 
     # --- failure --------------------------------------------------------------------------
 
+    def disagree(self) -> NoReturn:
+        """The ranks turned out to have been asked for different things: ends the call on all."""
+        call = self.watch.call
+        with suppress(RuntimeError):
+            if call is not None:
+                self.board.post(call)
+                if (found := self.board.disagreement(call)) is not None:
+                    self.board.report(found)
+        self.abort()
+        raise Aborted("the ranks were asked for different things")
+
     def report(self, failure: LayerFailure) -> None:
         """Writes what happened where peers look for it, and breaks the groups. The first wins."""
-        with suppress(RuntimeError):
-            self._store.compare_set("failure", "", json.dumps(failure.record()))
+        self.board.report(failure)
         self.abort()
 
-    def failure(self) -> LayerFailure | None:
-        """What a peer reported, if any does within two seconds."""
+    def failure(self, call: Call) -> LayerFailure | None:
+        """Why this rank waits in vain in a call, if any says so within two seconds."""
         deadline = time.monotonic() + _RECORD_WAIT
         while time.monotonic() < deadline:
             with suppress(RuntimeError):
-                if self._store.check(["failure"]):
-                    return LayerFailure(**json.loads(self._store.get("failure")))
+                if (failure := self.board.failure()) is not None:
+                    return failure
+                self.board.post(call)
+                if (failure := self.board.disagreement(call)) is not None:
+                    self.board.report(failure)
+                    return failure
             time.sleep(0.02)
         return None
 
     def abort(self) -> None:
         """Breaks all groups of this rank: whoever waits for it, or it for whom, stops waiting."""
-        for group in self._groups:
+        with self._lock:
+            self._abort()
+
+    def _abort(self) -> None:
+        for group in () if self._is_closed else self._groups:
             ranks = dist.get_process_group_ranks(group)
             if dist.get_backend(group) == "nccl":
                 with suppress(RuntimeError):
@@ -509,10 +433,12 @@ class DistributedTransport:
 
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""
-        self._closed.set()
-        for group in self._groups:
-            with suppress(RuntimeError, ValueError, AssertionError):
-                dist.destroy_process_group(group)
+        self.watch.close()
+        with self._lock:
+            for group in () if self._is_closed else self._groups:
+                with suppress(RuntimeError, ValueError, AssertionError):
+                    dist.destroy_process_group(group)
+            self._is_closed = True
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from pipeflow.errors import BatchError, LayerFailure, NonFiniteError
+from pipeflow.errors import LayerFailure, NonFiniteError
 from pipeflow.program import Action, Compute, Kind, Receive, Send, Step
 from pipeflow.runtime.binding import Binder
+from pipeflow.runtime.call import Call
 from pipeflow.runtime.failures import failed_backward, odd_output
 from pipeflow.runtime.gradients import GradientPolicy, apply, decide, gradient_norms
 from pipeflow.runtime.loss_scale import unscale
-from pipeflow.runtime.losses import loss_table, read_losses, same_batch
+from pipeflow.runtime.losses import loss_table, read_losses, same_call
 from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState
 from pipeflow.runtime.transport import Aborted, Transport
@@ -45,6 +45,7 @@ class Executor:
 
     Attributes:
         losses: each loss over the last batch; the same on every rank.
+        interrupted_at: what the rank was at when Ctrl-C or an exit ended its run; None else.
         spans: (action, start, end) of the last run, in seconds of a monotonic clock.
     """
 
@@ -63,12 +64,14 @@ class Executor:
         self.state: RankState = binder.state
         self.transport: Transport = binder.transport
         self.losses: Mapping[str, float] = {}
+        self.interrupted_at: LayerFailure | None = None
         self.spans: list[tuple[Action, float, float]] = []
         self._rank = binder.rank
         self._policy = policy or GradientPolicy()
         self._owned = owned or {}
         self._names = tuple(names)
         self._step = 0
+        self._tag = 0
         self._loss_scale = 1.0
         self._wait_share: Callable[[], Tensor] | None = None
         bound = [(action, closure) for action in actions if (closure := binder.bind(action)) is not None]
@@ -122,7 +125,7 @@ class Executor:
 
     def _start_share(self) -> None:
         state = self.state
-        table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches, state.cut.tag)
+        table = loss_table(state.graph, state.losses, state.factors, state.num_microbatches, self._tag)
         if self._policy.needs_norms:
             norms = torch.tensor(gradient_norms(self._owned, self._names), dtype=torch.float64)
             table = torch.cat([table, norms])
@@ -133,11 +136,8 @@ class Executor:
         table, graph = self._wait_share(), self.state.graph
         self._wait_share = None
         self.losses = read_losses(graph, table, self.state.num_microbatches)
-        if not same_batch(table, len(graph.losses) * self.state.num_microbatches, self.state.cut.tag):
-            raise BatchError(
-                f"the batch has {self.state.cut} on rank {self._rank}, and another rank was given a batch of another "
-                "size; every rank must be given the same"
-            )
+        if not same_call(table, len(graph.losses) * self.state.num_microbatches, self._tag):
+            self.transport.disagree()
         if self._policy.needs_norms:
             norms = table[len(table) - len(self._names) :].tolist()
             self.state.verdict = decide(self._policy, norms, self._names, self.losses, self._step)
@@ -147,28 +147,28 @@ class Executor:
             apply(self._policy, self.state.verdict, stage.replica.parameters.values())
 
     def run(
-        self, batch: MicroBatches, *, step: int, share: float = 1.0, draw: int = 0, loss_scale: float = 1.0
+        self, batch: MicroBatches, *, call: Call, share: float = 1.0, draw: int = 0, loss_scale: float = 1.0
     ) -> None:
         """Runs the program on one batch.
 
         Args:
-            step: optimizer steps taken before.
+            call: that this is, of this batch.
             share: what the batch's gradients count among those of several batches.
             draw: which call this is, for random layers.
             loss_scale: what losses are multiplied by before backward, and gradients divided by after.
 
         Raises:
             LayerFailure: an action of this rank raised; the original is its cause.
-            Aborted: another rank failed, or has a batch of another size.
+            Aborted: another rank failed, or was asked for something else.
             NonFiniteError: the policy stops this step, on every rank.
         """
-        self._step = step
+        self._step, self._tag = call.step, call.tag
         self._loss_scale = loss_scale
         self.spans = []
         position = -1
         try:
             self.state.begin(batch, share=share * loss_scale, draw=draw)
-            self.transport.begin(self._receives, batch.cut, self._arrived, may_lack=self.state.graph.may_lack_gradients)
+            self.transport.begin(self._receives, call, self._arrived, may_lack=self.state.graph.may_lack_gradients)
             for position, closure in enumerate(self._closures):  # noqa: B007 (read by the handler below)
                 closure()
             self._wait_statistics()
@@ -183,7 +183,13 @@ class Executor:
             self.transport.end()
             raise
         except Exception as error:
-            self._fail(error, position)
+            failure = self._located(error, position)
+            self.state.clear()
+            raise failure from error
+        except BaseException as error:
+            self.interrupted_at = self._located(error, position)
+            self.state.clear()
+            raise
 
     def _timed(self, action: Action, closure: Callable[[], None]) -> Callable[[], None]:
         """The action with its span recorded; on a GPU it also waits for its kernels."""
@@ -198,7 +204,8 @@ class Executor:
 
         return timed
 
-    def _fail(self, error: Exception, position: int) -> NoReturn:
+    def _located(self, error: BaseException, position: int) -> LayerFailure:
+        """The error with what this rank was at."""
         action = self._bound[position][0] if 0 <= position < len(self._bound) else None
         stage = microbatch = layer = None
         phase, odd = "transport", ""
@@ -209,19 +216,18 @@ class Executor:
                 phase, layer = "forward", state.compiled.failed_layer(state.live[microbatch] or [], error)
                 odd = odd_output(state, microbatch)
             else:
-                phase, layer = "backward", failed_backward(self.state, stage, microbatch, error)
+                phase = "backward"
+                if isinstance(error, Exception):  # looking for the layer takes time, which Ctrl-C gives none
+                    layer = failed_backward(self.state, stage, microbatch, error)
         elif isinstance(action, Step):
             stage, phase = action.stage, "optimizer"
-        elif isinstance(error, BatchError):
-            phase = "batch"
-        self.state.clear()
-        raise LayerFailure(
+        return LayerFailure(
             rank=self._rank,
             stage=stage,
             layer=layer,
             microbatch=microbatch,
             step=self._step,
             phase=phase,
-            original=f"{type(error).__name__}: {error}{odd}",
+            original=f"{type(error).__name__}: {error}{odd}".removesuffix(": "),
             trace="".join(traceback.format_exception(error)),
-        ) from error
+        )

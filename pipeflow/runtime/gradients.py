@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeflow.errors import EngineError, NonFiniteError
+from pipeflow.runtime.options import check_positive
 
 NonFinite = Literal["ignore", "raise", "skip"]
 
@@ -44,10 +45,8 @@ class GradientPolicy:
     loss_scaled: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("clip_norm", "clip_value"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise EngineError(f"{name}={value}; it must be positive")
+        check_positive("clip_norm", self.clip_norm, "the most that the norm of all gradients may be")
+        check_positive("clip_value", self.clip_value, "the most that an element of the gradients may be")
         if self.nonfinite not in ("ignore", "raise", "skip"):
             raise EngineError(f"nonfinite={self.nonfinite!r}; it is 'ignore', 'raise' or 'skip'")
         if self.loss_scaled and self.nonfinite == "raise":

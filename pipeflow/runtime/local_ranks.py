@@ -16,8 +16,10 @@ from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.runtime.executor import Executor
 from pipeflow.runtime.job import Job
 from pipeflow.runtime.losses import class_weights
+from pipeflow.runtime.meeting import check_same, together
 from pipeflow.runtime.microbatch import BatchReader
 from pipeflow.runtime.offload import HostStore
+from pipeflow.runtime.optimizer_state import training_settings
 from pipeflow.runtime.prepared import lockstep_stages
 from pipeflow.runtime.randomness import take_turns_in_backward
 from pipeflow.runtime.rank_state import RankState, StageState
@@ -41,6 +43,11 @@ class LocalRanks:
 
     Attributes:
         replicas: by rank and stage.
+
+    Raises:
+        Exception: what an optimizer's or scheduler's factory, or building a layer raised.
+        EngineError: that happened on another rank.
+        PlanMismatch: the ranks' factories made different optimizers or schedulers.
     """
 
     def __init__(
@@ -54,9 +61,11 @@ class LocalRanks:
         self._remote = remote
         self._executors: dict[Job, dict[int, Executor]] = {}
         self._readers: dict[Job, BatchReader] = {}
-        self.replicas = {rank: self._build(rank) for rank in self.ranks}
+        meeting = None if remote is None else remote.meeting
+        self.replicas = together(meeting, "make the engine", lambda: {rank: self._build(rank) for rank in self.ranks})
         if remote is not None:
-            self._agree_on_weights(remote)
+            check_same(remote.meeting, training_settings(self.every_replica))
+            self.agree_on_weights()
 
     @property
     def every_replica(self) -> list[StageReplica]:
@@ -86,8 +95,11 @@ class LocalRanks:
                     replicas[index].make_optimizer(optimizer, setup.schedulers.get(phase), setup.groups, phase)
         return replicas
 
-    def _agree_on_weights(self, remote: DistributedTransport) -> None:
-        """Every replica starts from the weights of its stage's first, as each rank built its own."""
+    def agree_on_weights(self) -> None:
+        """Every replica takes the weights of its stage's first: each rank has built, or was given, its own."""
+        remote = self._remote
+        if remote is None:
+            return
         for index, stage in enumerate(self._setup.plan.stages):
             if stage.num_replicas > 1 and remote.rank in stage.devices:
                 replica = self.replicas[remote.rank][index]

@@ -120,12 +120,12 @@ def loss_table(
 ) -> Tensor:
     """What one rank gives to the sum: each micro-batch's part in a loss, zero for those it did not compute.
 
-    After these come the batch's tag and a one, by which `same_batch` tells whether all ranks had the same.
+    After these come the call's tag and a one, by which `same_call` tells whether all ranks made the same.
 
     Args:
         values: for each loss that this rank computes, its value on each micro-batch or None.
         factors: what each counts.
-        tag: of the batch that this rank was given.
+        tag: of the call that this rank makes.
 
     Returns:
         float64 of losses * micro-batches + 2 elements, on the CPU.
@@ -138,7 +138,7 @@ def loss_table(
     return torch.tensor([*row, tag, 1.0], dtype=torch.float64)
 
 
-def same_batch(table: Tensor, position: int, tag: int) -> bool:
+def same_call(table: Tensor, position: int, tag: int) -> bool:
     """Whether the tags that were added up at `position` are all `tag`, as far as a sum tells."""
     total, num_ranks = table[position : position + 2].tolist()
     return bool(total == num_ranks * tag)

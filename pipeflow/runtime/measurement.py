@@ -66,14 +66,13 @@ class Recorder:
         """Takes what each local rank held at most during a step."""
         self._peaks = dict(peak_by_rank)
 
-    def summary(self, transport: Transport | None) -> Measurement:
-        """Medians; over several processes, the mean of the replicas' medians.
-
-        Raises:
-            EngineError: nothing was recorded.
-        """
+    def check(self) -> None:
+        """Whether there is something to sum up. Raises EngineError."""
         if not self._iterations:
             raise EngineError("no step was measured; make the engine with measure=True and take steps first")
+
+    def summary(self, transport: Transport | None) -> Measurement:
+        """Medians; over several processes, the mean of the replicas' medians."""
         num_stages = len(self._plan.stages)
         values, counts = [0.0] * (2 * num_stages), [0.0] * (2 * num_stages)
         for (stage, forward), seconds in self._seconds.items():

@@ -7,7 +7,7 @@ another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeflow.errors import CheckpointError
 from pipeflow.runtime.manifest import Manifest, SavedScheduler, Trained
+from pipeflow.runtime.meeting import plain_text
 from pipeflow.runtime.optimizers import restore_scheduler
 from pipeflow.runtime.replica import StageReplica, Training
 
@@ -56,6 +57,22 @@ def scheduler_state(training: Training) -> SavedScheduler | None:
     if training.scheduler is None:
         return None
     return SavedScheduler(kind=_kind(training.scheduler), state=_plain(training.scheduler.state_dict()))
+
+
+def training_settings(replicas: Iterable[StageReplica]) -> dict[str, str]:
+    """What factories made, by name, for comparison between ranks: classes, and what optimizers go by."""
+    settings = {}
+    for replica in replicas:
+        for phase, training in replica.training_by_phase.items():
+            of_phase = "" if phase is None else f" of phase {phase!r}"
+            if training.optimizer is None:
+                continue
+            settings[f"optimizer{of_phase}"] = type(training.optimizer).__name__
+            settings |= {
+                f"the optimizer's {k}{of_phase}": plain_text(v) for k, v in training.optimizer.defaults.items()
+            }
+            settings[f"lr_scheduler{of_phase}"] = "None" if training.scheduler is None else _kind(training.scheduler)
+    return settings
 
 
 def _kind(scheduler: Any) -> str:

@@ -22,8 +22,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.P
     """The optimizer itself, if it can be one stage's.
 
     Raises:
-        EngineError: it needs a closure or a graph of its own steps, or was not given all of `trained`.
+        EngineError: it is none; needs a closure, a graph of its own steps or sparse gradients; or was not
+            given all of `trained`.
     """
+    if not all(hasattr(optimizer, name) for name in ("param_groups", "state", "defaults", "step")):
+        raise EngineError(
+            f"the optimizer factory gave a {type(optimizer).__name__}; it must give an optimizer as torch's are, made "
+            "for the parameters it is given"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise EngineError(
+            "optimizer SparseAdam takes sparse gradients alone, and stages add up and send dense ones; use Adam, which "
+            "takes the same step where every row has a gradient"
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise EngineError(
             "optimizer LBFGS needs a closure over the whole model, which no stage has; use one whose step "
@@ -41,6 +52,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.P
             "given to the optimizer, and freeze others with requires_grad=False before"
         )
     return optimizer
+
+
+def check_scheduler(scheduler: Any) -> Any:
+    """The scheduler itself. Raises EngineError where a factory gave none."""
+    if not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
+        raise EngineError(
+            f"the lr_scheduler factory gave a {type(scheduler).__name__}; it must give a scheduler as torch's are, "
+            "made for the optimizer it is given"
+        )
+    return scheduler
 
 
 def follows_loss(scheduler: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from pipeflow.errors import EngineError, GraphError
 from pipeflow.graphs.layer_graph import LayerGraph
 from pipeflow.graphs.phase import resolve_phase
+from pipeflow.runtime.options import check_factory
 
 
 def for_each_phase(graph: LayerGraph, given: Any, what: str) -> Mapping[str | None, Callable[..., Any]]:
@@ -21,18 +22,22 @@ def for_each_phase(graph: LayerGraph, given: Any, what: str) -> Mapping[str | No
         what: the name of the option, for errors.
 
     Raises:
-        EngineError: a mapping lacks a phase of the graph or has one more.
+        EngineError: a mapping lacks a phase of the graph or has one more; or what is given makes nothing.
     """
     if given is None:
         return {}
     names: tuple[str | None, ...] = tuple(graph.phases) or (None,)
     if not isinstance(given, Mapping):
+        check_factory(given, what)
         return dict.fromkeys(names, given)
     if set(given) != set(names):
         phases = ", ".join(map(repr, graph.phases)) or "none: give one factory"
         raise EngineError(
             f"{what} is for {', '.join(map(repr, given))}; give one for each phase of the graph: {phases}"
         )
+    for factory in given.values():
+        if factory is not None or what == "optimizer":  # a phase may have no scheduler
+            check_factory(factory, what)
     return dict(given)
 
 

@@ -26,6 +26,7 @@ from pipeflow.runtime.gradients import GradientPolicy, NonFinite, Verdict, apply
 from pipeflow.runtime.loss_scale import LossScaler, unscale
 from pipeflow.runtime.losses import add_parts, class_weights, loss_factors
 from pipeflow.runtime.microbatch import Batch, BatchReader, MicroBatches
+from pipeflow.runtime.options import check_clip_value, check_seed
 from pipeflow.runtime.parameter_groups import ParameterGroups, check_groups
 from pipeflow.runtime.phases import OpenPhase, for_each_phase
 from pipeflow.runtime.precision import Precision
@@ -74,6 +75,8 @@ class Reference:
         device: torch.device | str = "cpu",
     ) -> None:
         graph.check()
+        check_clip_value(clip_value, graph)
+        check_seed(seed)
         self.num_microbatches = num_microbatches
         self._device = torch.device(device)
         self._precision = precision or Precision()

@@ -17,7 +17,7 @@ from pipeflow.graphs.phase import trained_parameters
 from pipeflow.runtime.fresh_buffers import with_fresh_buffers
 from pipeflow.runtime.losses import barring
 from pipeflow.runtime.masters import Masters
-from pipeflow.runtime.optimizers import check_optimizer, follows_loss
+from pipeflow.runtime.optimizers import check_optimizer, check_scheduler, follows_loss
 from pipeflow.runtime.parameter_groups import Grouping
 from pipeflow.runtime.precision import Precision
 from pipeflow.runtime.randomness import Callables, RandomLayer, layer_key
@@ -134,7 +134,7 @@ class StageReplica:
         if trained:
             self.optimizer = check_optimizer(factory(groups.grouped(trained)), trained)
             groups.check_made(self.optimizer, trained)
-            self.scheduler = scheduler(self.optimizer) if scheduler else None
+            self.scheduler = check_scheduler(scheduler(self.optimizer)) if scheduler else None
         self.training_by_phase[phase] = Training(frozenset(trained), self.optimizer, self.scheduler)
         if phase is not None:
             self.optimizer = self.scheduler = None  # until it is entered

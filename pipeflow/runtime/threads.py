@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pipeflow.program import Placement, Receive, Route
-from pipeflow.runtime.cut import Cut
+from pipeflow.runtime.call import Call
 from pipeflow.runtime.transport import Aborted, Payload
 
 _STOP = object()
@@ -135,7 +136,7 @@ class ThreadTransport:
         self._rank = rank
         self._device = device
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+    def begin(self, receives: Sequence[Receive], call: Call, arrived: Sequence[int], *, may_lack: bool = False) -> None:
         if self._copies:
             self._arrived = {}
             for receive, count in zip(receives, arrived, strict=True):
@@ -212,6 +213,9 @@ class ThreadTransport:
         if any(values is _STOP for values in received):
             raise Aborted
         return received  # type: ignore[return-value]  # what peers put
+
+    def disagree(self) -> NoReturn:
+        raise Aborted  # which cannot be: one call is made of all ranks
 
     def end(self) -> None:
         for sent in self._sent.values():

@@ -8,12 +8,12 @@ the losses. There are two: threads of one process, and `torch.distributed`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
 from pipeflow.program import Receive, Route
-from pipeflow.runtime.cut import Cut
+from pipeflow.runtime.call import Call
 
 Payload = Sequence[Tensor | None] | None
 """The tensors of a route, in its order: None for one that backward did not give. None for an empty micro-batch."""
@@ -26,12 +26,12 @@ class Aborted(Exception):
 class Transport(Protocol):
     """One rank's end of the communication."""
 
-    def begin(self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False) -> None:
+    def begin(self, receives: Sequence[Receive], call: Call, arrived: Sequence[int], *, may_lack: bool = False) -> None:
         """A step starts.
 
         Args:
             receives: what this rank will receive, in order.
-            cut: how large the micro-batches are.
+            call: what is run; its cut says how large the micro-batches are.
             arrived: for each receive, how many of the messages to its peer have then arrived
                 (`pipeflow.arrivals`); empty where that is not known before the end.
             may_lack: whether gradients may be None. Where they may not, one that is may arrive as zeros.
@@ -57,6 +57,9 @@ class Transport(Protocol):
 
         Between two ranks the k-th exchange of the one is with the k-th of the other; it waits for them.
         """
+
+    def disagree(self) -> NoReturn:
+        """The losses show that ranks were asked for different things: finds out what, and raises `Aborted`."""
 
     def end(self) -> None:
         """A step ends: everything posted has left."""

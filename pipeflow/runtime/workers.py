@@ -6,13 +6,17 @@ Under `torchrun` a process has one local rank. In one process it has them all.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
 from pipeflow.runtime.handover import quick_handover
+
+_PATIENCE = 2.0  # seconds for threads to end; they are daemons, so none keeps the process
 
 Task = Callable[[int], Any]
 
@@ -24,9 +28,13 @@ class Workers:
         ranks: the local ranks.
         num_threads: threads that torch may use inside each rank; None leaves a single rank's alone,
             and shares the process's between several.
+        stop: lets ranks that wait for each other end, once the caller is interrupted.
     """
 
-    def __init__(self, ranks: Sequence[int], *, num_threads: int | None) -> None:
+    def __init__(
+        self, ranks: Sequence[int], *, num_threads: int | None, stop: Callable[[], None] = lambda: None
+    ) -> None:
+        self._stop = stop
         self.ranks = tuple(ranks)
         self._num_threads = num_threads
         if num_threads is None and len(self.ranks) > 1:
@@ -57,6 +65,9 @@ class Workers:
 
         Returns:
             Results in the order of the ranks (None where one failed), and the exceptions.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, where the ranks are threads; they have been told to stop.
         """
         if not self._threads:
             if self._num_threads is None:
@@ -72,12 +83,24 @@ class Workers:
         with quick_handover():
             for tasks in self._tasks:
                 tasks.put(task)
-            for _ in self.ranks:
-                rank, result, error = self._results.get()
-                by_rank[rank] = result
-                if error is not None:
-                    errors.append(error)
+            try:
+                for _ in self.ranks:
+                    rank, result, error = self._results.get()
+                    by_rank[rank] = result
+                    if error is not None:
+                        errors.append(error)
+            except BaseException:  # Ctrl-C comes to the thread that waits here
+                self._stop()
+                self._settle(len(self.ranks) - len(by_rank))
+                raise
         return [by_rank[rank] for rank in self.ranks], errors
+
+    def _settle(self, num_running: int) -> None:
+        """Waits for ranks that were told to stop; one that is inside of a layer may take longer than this does."""
+        deadline = time.monotonic() + _PATIENCE
+        with suppress(Empty):
+            for _ in range(num_running):
+                self._results.get(timeout=max(0.0, deadline - time.monotonic()))
 
     def _run_here(self, task: Task) -> tuple[list[Any], list[BaseException]]:
         results, errors = [], []
@@ -92,6 +115,7 @@ class Workers:
     def close(self) -> None:
         for tasks in self._tasks:
             tasks.put(None)
+        deadline = time.monotonic() + _PATIENCE
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
         self._threads, self._tasks = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ import pipeflow as pf
 from pipeflow.flows import flows
 from pipeflow.program import Compute, Direction, Free, Kind, Receive, Route, Send
 from pipeflow.runtime.binding import Binder
-from pipeflow.runtime.cut import Cut, even_cut
+from pipeflow.runtime.call import Call
+from pipeflow.runtime.cut import even_cut
 from pipeflow.runtime.microbatch import MicroBatches
 from pipeflow.runtime.rank_state import RankState, StageState
 from pipeflow.runtime.replica import StageReplica
@@ -26,7 +27,7 @@ class Network:
     """A transport that forgets what it sends, and receives ones."""
 
     def begin(
-        self, receives: Sequence[Receive], cut: Cut, arrived: Sequence[int], *, may_lack: bool = False
+        self, receives: Sequence[Receive], call: Call, arrived: Sequence[int], *, may_lack: bool = False
     ) -> None: ...
 
     def sender(self, route: Route, peer: int) -> Callable[[int, Payload], None]:
@@ -51,6 +52,9 @@ class Network:
 
     def exchange(self, peers: Sequence[int], values: Tensor) -> list[Tensor]:
         raise AssertionError("no norms here")
+
+    def disagree(self) -> NoReturn:
+        raise AssertionError("one rank")
 
     def end(self) -> None: ...
 
