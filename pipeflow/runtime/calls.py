@@ -122,6 +122,7 @@ class Calls:
         """The process ends, and nobody has closed the engine."""
         assert self._remote is not None
         self._leave(f"the process of rank {self._remote.rank} has ended", getattr(sys, "last_value", None))
+        self._remote.watch.close()
 
     def _leave(self, what: str, because: BaseException | None) -> None:
         if self._remote is not None and self._failed is None and not self._is_closed:

@@ -3,6 +3,9 @@
 A call that does not take long costs the watch nothing, and the watch it next to nothing. It also sees
 Ctrl-C while the rank's own thread waits inside of a collective, where Python does not look for signals:
 the C part of Python's handler writes a byte to a pipe at once [1].
+
+Python ends daemon threads that come back from C code once it is finalized by unwinding their stacks, which C++
+does not stand: "terminate called without an active exception". So none may be left by then [2].
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pipeflow.errors import LayerFailure
 from pipeflow.runtime.board import Board
 from pipeflow.runtime.call import Call
 
+_ENDING = 5.0  # seconds to wait for the thread to end
 _INTERVAL = 0.5  # seconds after which a call is long enough to ask whether the ranks agree
 
 
@@ -37,7 +41,8 @@ class Watch:
         self._now: tuple[Call, float] | None = None
         self._closed = threading.Event()
         self._ctrl_c = CtrlC()
-        threading.Thread(target=self._run, name=f"pipeflow-watch-{rank}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"pipeflow-watch-{rank}", daemon=True)
+        self._thread.start()
 
     @property
     def call(self) -> Call | None:
@@ -56,8 +61,10 @@ class Watch:
         self._now = None
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, and waits until it has: at exit, one within a call of the store ends the process [2]."""
         self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_ENDING)
 
     def _run(self) -> None:
         while not self._closed.wait(_INTERVAL):

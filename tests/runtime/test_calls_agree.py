@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,21 @@ def refused_alike(rank: int) -> float:
             with pytest.raises(EngineError, match="'nowhere' is computed by no layer"):
                 engine.predict(BATCH, ["nowhere"])
         return engine.step(BATCH).loss
+
+
+def threads_after_exit(rank: int) -> list[str]:
+    graph = forked_graph()
+    engine = pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd)
+    step(engine)
+    atexit._run_exitfuncs()
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeflow-watch")]
+
+
+def test_no_watch_is_left_when_a_process_ends_without_closing_its_engine() -> None:
+    """One process in three aborted: Python unwound the watch's thread, which C++ does not stand."""
+    for result in run_ranks(threads_after_exit, 3):
+        assert result.error is None, result.trace
+        assert result.value == []
 
 
 def test_a_batch_that_all_ranks_refuse_ends_nothing() -> None:
