@@ -230,10 +230,14 @@ def chunks_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_SMALLER = 2**10
+"""Bytes were made up from times, for graphs of the files' sizes; those of far larger graphs must add up too."""
+
+
 def random_costs(source: GraphCosts, count: int, *, seed: int = 0) -> GraphCosts:
-    """A random DAG whose layers have the costs and numbers of inputs of the source's layers."""
+    """A random DAG with the costs and numbers of inputs of the source's layers, in bytes `_SMALLER` times fewer."""
     draw = random.Random(seed)
-    pool = [(c.forward_seconds, c.outputs[0].bytes, len(c.inputs)) for c in source.layers if c.inputs]
+    pool = [(c.forward_seconds, c.outputs[0].bytes // _SMALLER, len(c.inputs)) for c in source.layers if c.inputs]
     layers: list[LayerCosts] = []
     for index in range(count):
         seconds, amount, degree = draw.choice(pool)
@@ -257,7 +261,9 @@ def run_scale(data: Path) -> list[dict[str, Any]]:
     for key in ("OperatorGraphs/bert_l-12_inference", "LayerGraphs/inceptionv3_inference"):
         source = read(data / "dnn-partitioning" / f"{key}.json")
         for count in (1_000, 10_000, 100_000):
-            profile = source.model_copy(update={"costs": random_costs(source.costs, count), "memory_bytes": None})
+            assert source.bandwidth is not None, "transfer times became bytes"
+            changes = {"memory_bytes": None, "bandwidth": source.bandwidth / _SMALLER}
+            profile = source.model_copy(update={"costs": random_costs(source.costs, count), **changes})
             found, seconds = timed(problem_of(profile, num_devices=64))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             print(f"{key:40} {count} nodes {seconds:.1f} s", file=sys.stderr, flush=True)
