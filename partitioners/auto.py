@@ -196,6 +196,7 @@ def _steps(problem: PartitionProblem, use_solver: bool) -> dict[str, _Step]:
         steps["windows"] = windows.improve
     if _fills(problem):
         steps["beam"] = filling.improve
+        steps["beam, polished"] = moves.polish
     else:
         steps["moves"] = moves.improve
     small = problem.atoms.count * problem.stage_limit <= _MOST_SOLVED

@@ -32,7 +32,12 @@ _POWER = 8
 _HOT, _COLD = 0.3, 0.003
 """Temperatures at the start and at the end, in units of what is made small."""
 
+_WARM = (_COLD, 4 * _COLD)
+"""Temperatures at the starts from a good partition, one after the other."""
+
 _MOVES_PER_ATOM, _MOST_MOVES = 300, 300_000
+_POLISHES_PER_ATOM, _MOST_POLISHES = 100, 600_000
+"""Draws, as long as they are worth their time; in `polish`."""
 
 _MOST_PASSES = 20
 """Over the unbound atoms, when these are settled."""
@@ -57,12 +62,32 @@ def improve(
     """A partition at least as good as `start` with as many stages, and `bound`, which it never raises."""
     if start is None or len(start) < 2 or objective(problem, start) * (1 - 1e-9) <= bound:
         return (None if start is None else tuple(start)), bound
-    best, reach = tuple(start), objective(problem, start)
-    state, draw = _State.of(problem, start), random.Random(seed)
-    guide = max(state.loads)
     steps = min(_MOST_MOVES, _MOVES_PER_ATOM * problem.atoms.count)
+    return _annealed(problem, start, bound, random.Random(seed), hot=_HOT, steps=steps), bound
+
+
+def polish(
+    problem: PartitionProblem, start: Sequence[Stage] | None, bound: float, *, seed: int = 0
+) -> tuple[tuple[Stage, ...] | None, float]:
+    """As `improve`, for a partition that is good already, of many layers: stages about it are evened out."""
+    best, draw = None if start is None else tuple(start), random.Random(seed)
+    steps = min(_MOST_POLISHES, _POLISHES_PER_ATOM * problem.atoms.count)
+    for hot in _WARM:
+        if best is None or len(best) < 2 or objective(problem, best) * (1 - 1e-9) <= bound:
+            break
+        best = _annealed(problem, best, bound, draw, hot=hot, steps=steps)
+    return best, bound
+
+
+def _annealed(
+    problem: PartitionProblem, start: Sequence[Stage], bound: float, draw: random.Random, *, hot: float, steps: int
+) -> tuple[Stage, ...]:
+    """The best partition on the way from `start`, at so many draws."""
+    best, reach = tuple(start), objective(problem, start)
+    state = _State.of(problem, start)
+    guide = max(state.loads)
     for step in range(steps):
-        heat = _HOT * (_COLD / _HOT) ** (step / steps)
+        heat = hot * (_COLD / hot) ** (step / steps)
         touched = state.step(draw, guide, heat)
         if touched and max(touched) < guide and max(state.loads) < guide * (1 - 1e-9):
             guide = max(state.loads)
@@ -72,7 +97,7 @@ def improve(
                 best, reach = found, seconds
                 if reach * (1 - 1e-9) <= bound:
                     break
-    return best, bound
+    return best
 
 
 def _is_valid(problem: PartitionProblem, stages: Sequence[Stage]) -> bool:
