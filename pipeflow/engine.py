@@ -331,13 +331,13 @@ class Engine(AbstractContextManager["Engine"]):
         self._num_sessions += 1
 
         def run(session: DecodeSession, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            self._calls.check()
-            if self._weights != weights:
-                raise EngineError(
-                    "the weights have changed since this decode session was opened, and what it remembers is of those "
-                    "before; open another"
-                )
-            with self._calls.one("decode", self._step) as call:
+            with self._calls.one("decode", self._step) as call:  # others hear of what is refused in it
+                session.check_open()
+                if self._weights != weights:
+                    raise EngineError(
+                        "the weights have changed since this decode session was opened, and what it remembers is of "
+                        "those before; open another"
+                    )
                 job = Job("infer", outputs=names, session=session)
                 sequence = f"{session.num_steps} of session {number}"
                 return self._predict(call, job, batch, sequence)  # type: ignore[return-value]
