@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from numbers import Real
 from types import TracebackType
 from typing import Self, overload
@@ -148,11 +148,16 @@ class Engine(AbstractContextManager["Engine"]):
             ranks = tuple(range(plan.num_ranks)) if meeting is None else (meeting.rank,)
             self._ranks = LocalRanks(setup, ranks, self._exchange, self._remote)
         except BaseException as error:
+            told = None
             if self._remote is not None:
+                with suppress(RuntimeError):  # of a store that is gone
+                    told = self._remote.board.failure()
                 self._remote.close()
             elif meeting is not None:
                 meeting.close()
             if isinstance(error, Aborted):
+                if told is not None:
+                    raise EngineError(f"cannot make the engine: {told}") from error
                 raise EngineError(
                     f"cannot make the engine: a rank has ended or is gone ({error}); start all of them again"
                 ) from error
@@ -326,13 +331,13 @@ class Engine(AbstractContextManager["Engine"]):
         self._num_sessions += 1
 
         def run(session: DecodeSession, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            self._calls.check()
-            if self._weights != weights:
-                raise EngineError(
-                    "the weights have changed since this decode session was opened, and what it remembers is of those "
-                    "before; open another"
-                )
-            with self._calls.one("decode", self._step) as call:
+            with self._calls.one("decode", self._step) as call:  # others hear of what is refused in it
+                session.check_open()
+                if self._weights != weights:
+                    raise EngineError(
+                        "the weights have changed since this decode session was opened, and what it remembers is of "
+                        "those before; open another"
+                    )
                 job = Job("infer", outputs=names, session=session)
                 sequence = f"{session.num_steps} of session {number}"
                 return self._predict(call, job, batch, sequence)  # type: ignore[return-value]

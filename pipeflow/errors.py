@@ -130,7 +130,8 @@ class LayerFailure(EngineError):
         microbatch: index of the micro-batch, or None.
         step: index of the step, counted from 0.
         phase: "forward", "backward", "optimizer", "transport"; "batch" or "call" where ranks were given
-            different ones or one of them was refused; "interrupt" where a rank was stopped by hand.
+            different ones or one of them was refused; "interrupt" where a rank was stopped by hand; "construction"
+            where it could not be made.
         original: type and message of the original exception, as one line.
         trace: its traceback as text, for ranks on which the exception object is not.
     """

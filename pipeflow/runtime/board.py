@@ -39,33 +39,35 @@ class Board:
         """Says what this rank is asked for, once a call."""
         if self._posted == call.number:
             return
-        before, self._posted = self._posted, call.number
-        self._write(call.number, {"asked": call.asked, "batch": call.batch})
-        if before is not None:
-            self._store.delete_key(_key(before, self._rank))
+        # Over the call before, not beside it, nor is anything deleted: who reads what was just deleted waits.
+        entry = {"number": call.number, "asked": call.asked, "batch": call.batch}
+        self._store.set(_post(self._rank), json.dumps(entry))
+        self._posted = call.number
 
     def refuse(self, number: int, name: str, text: str) -> None:
         """Says that this rank does not make the call of this number, and why; for as long as the engine is there."""
         with suppress(RuntimeError):
-            self._write(number, {"asked": name, "refused": text})
+            self._store.set(_refusal(number, self._rank), json.dumps({"asked": name, "refused": text}))
             self._store.add(f"refused {number}", 1)
-
-    def _write(self, number: int, entry: dict[str, str]) -> None:
-        self._store.set(_key(number, self._rank), json.dumps(entry))
 
     def disagreement(self, call: Call) -> LayerFailure | None:
         """What is wrong between the ranks in this call, as far as anybody knows; None if nothing."""
         refused = self._store.check([f"refused {call.number}"])
-        if not refused and _same(call, self._read(call.number, 0)):
+        if not refused and _same(call, self._posted_by(0, call.number)):
             return None
         return self._describe(call)
 
     def _read(self, number: int, rank: int) -> dict[str, str] | None:
-        key = _key(number, rank)
-        if not self._store.check([key]):
+        if not self._store.check([key := _refusal(number, rank)]):
+            return self._posted_by(rank, number)
+        refusal: dict[str, str] = json.loads(self._store.get(key))
+        return refusal
+
+    def _posted_by(self, rank: int, number: int) -> dict[str, str] | None:
+        if not self._store.check([key := _post(rank)]):
             return None
-        entry: dict[str, str] = json.loads(self._store.get(key))
-        return entry
+        entry = json.loads(self._store.get(key))
+        return {"asked": entry["asked"], "batch": entry["batch"]} if entry["number"] == number else None
 
     def _describe(self, call: Call) -> LayerFailure | None:
         deadline = time.monotonic() + _LISTING
@@ -93,8 +95,12 @@ class Board:
         return LayerFailure(**json.loads(self._store.get("failure")))
 
 
-def _key(number: int, rank: int) -> str:
-    return f"call {number} of rank {rank}"
+def _post(rank: int) -> str:
+    return f"long call of rank {rank}"
+
+
+def _refusal(number: int, rank: int) -> str:
+    return f"refusal of call {number} by rank {rank}"
 
 
 def _same(call: Call, entry: dict[str, str] | None) -> bool:

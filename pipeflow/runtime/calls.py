@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -40,6 +41,7 @@ class Calls:
         self._is_closed = False
         self._is_spread = False
         self._weights_may_differ = False
+        self._process = os.getpid()
         if remote is not None:
             atexit.register(self._exit)
 
@@ -121,6 +123,8 @@ class Calls:
     def _exit(self) -> None:
         """The process ends, and nobody has closed the engine."""
         assert self._remote is not None
+        if os.getpid() != self._process:
+            return  # a fork of it, which has the watch's thread and the store's connection in name alone
         self._leave(f"the process of rank {self._remote.rank} has ended", getattr(sys, "last_value", None))
         self._remote.watch.close()
 

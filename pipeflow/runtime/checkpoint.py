@@ -42,6 +42,7 @@ from pipeflow.runtime.optimizer_state import (
 )
 from pipeflow.runtime.replica import StageReplica
 from pipeflow.runtime.state import copy_into
+from pipeflow.runtime.transport import Aborted
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def save(
 
     what = f"save to {folder}"
     part = together(meeting, what, collect, CheckpointError)
-    together(meeting, what, write, CheckpointError)
+    write()  # torch's writer agrees by itself; the group is at an end where it could not
     entries = json.dumps(part.entries)
     parts = [json.loads(text) for text in ([entries] if meeting is None else meeting.hear(entries))]
 
@@ -172,7 +173,7 @@ def load(
     if meeting is not None:
         _check_one(meeting, folder, manifest)
     names = {name for replica in held for name in replica.tensors()}
-    tensors = together(meeting, what, lambda: _read(folder, manifest, names, meeting), CheckpointError)
+    tensors = _read(folder, manifest, names, meeting)  # torch's reader agrees, as its writer does
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
 
     def take() -> None:
@@ -246,7 +247,9 @@ def _group(meeting: Meeting | None) -> Any:
 
 @contextmanager
 def _torch_errors(what: str, *, is_shared: bool) -> Iterator[None]:
-    """What torch's reader and writer raise, as CheckpointError.
+    """What torch's reader and writer raise, as CheckpointError; between ranks, only what all of them raise.
+
+    Else a rank has left torch's messages half-way, and cannot say so over the same group.
 
     Without torch's remark that there is no process group, where there is none on purpose.
     """
@@ -260,4 +263,8 @@ def _torch_errors(what: str, *, is_shared: bool) -> Iterator[None]:
         listing = "; ".join(on.format(text=text, ranks=ranks) for text, ranks in by_text(problems))
         raise CheckpointError(f"{what}: {listing}") from error
     except Exception as error:
+        if is_shared and isinstance(error, RuntimeError):
+            raise Aborted(str(error)) from error
+        if is_shared:
+            raise
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error

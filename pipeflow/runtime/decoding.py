@@ -139,11 +139,14 @@ class DecodeSession(AbstractContextManager["DecodeSession"]):
             EngineError: the session is closed, or weights have changed since it was opened.
             LayerFailure: a layer raised. The engine is of no use after.
         """
-        if self._end is None:
-            raise EngineError("this decode session is closed; open another with engine.decode(batch_size)")
         outputs = self._run(self, batch)
         self.num_steps += 1
         return outputs
+
+    def check_open(self) -> None:
+        """Raises EngineError once the session is closed."""
+        if self._end is None:
+            raise EngineError("this decode session is closed; open another with engine.decode(batch_size)")
 
     def check_rows(self, microbatches: MicroBatches) -> None:
         """Refuses a batch whose rows are not those of the session.

@@ -393,6 +393,18 @@ class DistributedTransport:
         self.board.report(failure)
         self.abort()
 
+    def abandon(self, error: BaseException) -> None:
+        """This rank cannot be made: the others, which wait for its weights, stop and find out why."""
+        if isinstance(error, Aborted):
+            self.abort()
+            return
+        text = f"{type(error).__name__}: {error}"
+        self.report(
+            LayerFailure(
+                rank=self.rank, stage=None, layer=None, microbatch=None, step=0, phase="construction", original=text
+            )
+        )
+
     def failure(self, call: Call) -> LayerFailure | None:
         """Why this rank waits in vain in a call, if any says so within two seconds."""
         deadline = time.monotonic() + _RECORD_WAIT
@@ -429,7 +441,13 @@ class DistributedTransport:
         """All groups that this rank is in."""
         data = (self._up, self._down, *self._data.values())
         groups = {id(g): g for g in (self._control, self._world, *data, *self._reduce.values(), *self._shared.values())}
-        return [g for g in groups.values() if self.rank in dist.get_process_group_ranks(g)]
+        return [g for g in groups.values() if self._is_in(g)]
+
+    def _is_in(self, group: Any) -> bool:
+        try:
+            return self.rank in dist.get_process_group_ranks(group)
+        except KeyError:  # destroyed with the group of the whole job
+            return False
 
     def close(self) -> None:
         """Ends the watch and lets go of the groups."""

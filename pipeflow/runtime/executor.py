@@ -176,7 +176,11 @@ class Executor:
         except Aborted:
             self.state.clear()
             raise
-        except NonFiniteError:
+        except NonFiniteError as error:
+            if position < 0 or self._bound[position][0] is not None:  # a layer's own: no other rank raises it
+                failure = self._located(error, position)
+                self.state.clear()
+                raise failure from error
             for stage in self.state.stages.values():
                 stage.replica.drop_gradients()
             self._wait_statistics()

@@ -65,7 +65,11 @@ class LocalRanks:
         self.replicas = together(meeting, "make the engine", lambda: {rank: self._build(rank) for rank in self.ranks})
         if remote is not None:
             check_same(remote.meeting, training_settings(self.every_replica))
-            self.agree_on_weights()
+            try:
+                self.agree_on_weights()
+            except BaseException as error:  # others are in the middle of it
+                remote.abandon(error)
+                raise
 
     @property
     def every_replica(self) -> list[StageReplica]:

@@ -85,7 +85,10 @@ def together(
     try:
         said = meeting.hear("" if cause is None else _told(cause))
     except Aborted:
-        raise cause or Aborted(f"a rank has ended or is gone, while this one was to {what}") from None
+        if cause is not None and error_type is None:
+            raise cause from cause.__cause__
+        # Not as `error_type`: that says that all ranks know, and go on.
+        raise Aborted(f"a rank has ended or is gone, while this one was to {what}") from cause
     if cause is not None:
         raise cause
     if problems := {rank: text for rank, text in enumerate(said) if text}:

@@ -121,7 +121,9 @@ class CtrlC:
         """Ends it."""
         if self._is_armed:
             self._is_armed = False
-            signal.set_wakeup_fd(-1)
+            current = signal.set_wakeup_fd(-1)
+            if current not in (-1, self._write):  # set during the call, and to stay
+                signal.set_wakeup_fd(current)
 
     def was_pressed(self) -> bool:
         """Whether it was, since this was asked last, and Python will raise KeyboardInterrupt for it."""

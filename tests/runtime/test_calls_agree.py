@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 import pipeflow as pf
 from pipeflow.errors import BatchError, EngineError, LayerFailure
 from pipeflow.runtime import distributed, watch
+from pipeflow.runtime.board import Board
 from pipeflow.runtime.call import Call
 from pipeflow.runtime.cut import even_cut
 from pipeflow.testing import run_ranks
@@ -224,6 +226,62 @@ def test_ranks_that_wait_for_a_process_that_has_ended_hear_so() -> None:
         error, _ = results[rank].value
         assert isinstance(error, LayerFailure), results[rank].trace
         assert "the process of rank 1 has ended" in str(error)
+
+
+def forked_process(rank: int) -> float:
+    graph = forked_graph()
+    engine = pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd)
+    step(engine)
+    if rank == 1:
+        child = os.fork()
+        if not child:
+            atexit._run_exitfuncs()  # as where the fork ends by sys.exit
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(1)  # long enough for the watches of the others
+    return engine.step(BATCH).loss
+
+
+def test_a_fork_that_ends_is_not_taken_for_the_rank() -> None:
+    for result in run_ranks(forked_process, 3):
+        assert result.error is None, result.trace
+
+
+def closed_session(rank: int) -> list[tuple[BaseException | None, float]]:
+    """Rank 1 has closed its session, and lives on."""
+    graph = decoder()
+    tokens = torch.zeros(4, 3, dtype=torch.int64)
+    plan = make_plan(
+        graph, [(["embed", "place"], (0,)), (list(graph.layers)[2:4], (1,)), (list(graph.layers)[4:], (2,))]
+    )
+    engine = pf.Engine(graph, plan)
+    session = engine.decode(4)
+    session.step({"tokens": tokens})
+    if rank == 1:
+        session.close()
+    case = seen(lambda: session.step({"tokens": tokens}))
+    time.sleep(5 if rank == 1 else 0)
+    return [case]
+
+
+def test_a_session_closed_on_one_rank_ends_the_others() -> None:
+    results = run_ranks(closed_session, 3)
+    for result in results:
+        assert result.error is None, result.trace
+        assert "this decode session is closed" in str(result.value[0][0])
+    check_in_time([result.value for result in results])
+
+
+def test_long_calls_leave_one_key_a_rank_in_the_store_and_none_is_deleted() -> None:
+    store = HashStore()
+    ends = [Board(store, rank, 2) for rank in range(2)]
+    for number in range(20):
+        for end in ends:
+            end.post(Call(number, "step", (), number))
+    assert store.num_keys() == 2
+    assert ends[1].disagreement(Call(19, "step", (), 19)) is None
+    assert ends[1].disagreement(Call(18, "evaluate", (), 18)) is None  # nobody says anything of that any more
+    assert "evaluate()" in str(ends[1].disagreement(Call(19, "evaluate", (), 19)))
 
 
 def refused_alike(rank: int) -> float:

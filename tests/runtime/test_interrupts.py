@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pipeflow as pf
 from pipeflow.errors import EngineError, LayerFailure
+from pipeflow.runtime.watch import CtrlC
 from pipeflow.testing import run_ranks
 from tests.runtime.models import bomb_batch, make_plan, mean_square, sgd
 from tests.runtime.test_one_rank import LIMIT, check_in_time, seen
@@ -127,6 +128,21 @@ def test_ctrl_c_is_heard_by_a_rank_that_waits_for_others_and_by_those() -> None:
         assert "KeyboardInterrupt" in str(error)
         assert "rank 0" in str(error)
         assert seconds < (SLEEP if rank == 1 else 1.0) + LIMIT
+
+
+def test_whoever_wants_to_hear_of_signals_from_within_a_call_on_still_does() -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    ctrl_c = CtrlC()
+    try:
+        ctrl_c.arm()
+        signal.set_wakeup_fd(write)
+        ctrl_c.disarm()
+        assert signal.set_wakeup_fd(-1) == write
+    finally:
+        ctrl_c.close()
+        os.close(read)
+        os.close(write)
 
 
 SCRIPT = """

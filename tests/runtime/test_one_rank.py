@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import pipeflow as pf
-from pipeflow.errors import CheckpointError, EngineError, LayerFailure, PipeflowError, PlanMismatch
+from pipeflow.errors import CheckpointError, EngineError, LayerFailure, NonFiniteError, PipeflowError, PlanMismatch
+from pipeflow.runtime import checkpoint
+from pipeflow.runtime.distributed import DistributedTransport
 from pipeflow.testing import run_ranks
 from tests.runtime.models import (
     THREE_STAGES,
@@ -152,6 +155,48 @@ def test_a_process_that_dies_while_engines_are_made_leaves_nobody_waiting() -> N
         assert "cannot make the engine: a rank has ended or is gone" in str(results[rank].error)
 
 
+REPLICATED = [(["a", "b", "c", "d", "e", "p", "s", "loss"], (0, 1, 2))]
+
+
+def no_memory(*args: Any) -> None:
+    raise MemoryError("no memory")
+
+
+def failed_agreement(rank: int) -> list[tuple[BaseException | None, float]]:
+    """Rank 1 fails in the middle of what it does with the others, and its process lives on."""
+    if rank == 1:
+        DistributedTransport.broadcast_in_stage = no_memory  # type: ignore[assignment, method-assign]
+    graph = forked_graph()
+    case = seen(lambda: pf.Engine(graph, make_plan(graph, REPLICATED), sgd))
+    time.sleep(1.5 * LIMIT if rank == 1 else 0.0)
+    return [case]
+
+
+def test_a_rank_that_fails_while_weights_are_agreed_on_leaves_nobody_waiting() -> None:
+    results = run_ranks(failed_agreement, 3)
+    for rank, result in enumerate(results):
+        assert result.error is None, result.trace
+        error, _ = result.value[0]
+        assert isinstance(error, MemoryError if rank == 1 else EngineError)
+        assert rank == 1 or "MemoryError: no memory (construction on rank 1" in str(error)
+    check_in_time([result.value for result in results])
+
+
+def closed_after_its_job(rank: int) -> float:
+    graph = forked_graph()
+    engine = pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd)
+    loss = engine.step(forked_batch(8)).loss
+    dist.barrier()
+    dist.destroy_process_group()
+    engine.close()
+    return loss
+
+
+def test_an_engine_can_be_closed_after_the_process_group_of_its_job() -> None:
+    for result in run_ranks(closed_after_its_job, 3):
+        assert result.error is None, result.trace
+
+
 def same_state(engine: pf.Engine, before: dict[str, Tensor]) -> bool:
     after = engine.state_dict()
     return all(torch.equal(after[name], value) for name, value in before.items())
@@ -210,6 +255,65 @@ def test_a_checkpoint_that_one_rank_cannot_write_or_read_changes_nothing_on_any(
         assert all(unchanged)
         assert loss == pytest.approx(expected, rel=1e-5)
     check_in_time([result.value[0] for result in results])
+
+
+def stopped_save(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def dead_save(*args: Any, **options: Any) -> None:
+    os._exit(1)
+
+
+def half_a_save(rank: int, folder: str, kind: str) -> list[tuple[BaseException | None, float]]:
+    """Rank 1 leaves torch's writer between its messages."""
+    graph = forked_graph()
+    engine = pf.Engine(graph, make_plan(graph, THREE_STAGES), sgd)
+    engine.step(forked_batch(8))
+    if rank == 1:
+        checkpoint.save_tensors = stopped_save if kind == "stopped" else dead_save  # type: ignore[attr-defined]
+    return [seen(lambda: engine.save(folder)), seen(lambda: engine.step(forked_batch(8)))]
+
+
+@pytest.mark.parametrize("kind", ["stopped", "dead"])
+def test_a_rank_that_ends_while_tensors_are_written_ends_the_others(tmp_path: Path, kind: str) -> None:
+    """It waited for ever: the group's next message was taken for torch's. Of a dead one others said that all knew."""
+    results = run_ranks(half_a_save, 3, str(tmp_path / "new"), kind)
+    for rank in (0, 2):
+        assert results[rank].error is None, results[rank].trace
+        (first, _), (second, _) = results[rank].value
+        assert isinstance(first, LayerFailure)
+        assert kind == "dead" or "KeyboardInterrupt during save()" in str(first)
+        assert type(second) is EngineError  # and not one that goes on
+    if kind == "stopped":
+        assert isinstance(results[1].value[0][0], KeyboardInterrupt)
+        check_in_time([result.value for result in results])
+
+
+def own_nonfinite(x: Tensor) -> Tensor:
+    if type(x) is Tensor and bool(x.abs().max() > 100):
+        raise NonFiniteError("a layer's own")
+    return x * 1.0
+
+
+def nonfinite_in_a_layer(rank: int) -> list[tuple[BaseException | None, float]]:
+    graph = pf.LayerGraph("own")
+    h = graph.add("first", nn.Identity(), graph.input("x", ("B", 4)))
+    h = graph.add("own", own_nonfinite, h)
+    graph.loss("loss", torch.mean, graph.add("last", nn.Linear(4, 4), h))
+    plan = make_plan(graph, [(["first"], (0,)), (["own"], (1,)), (["last", "loss"], (2,))])
+    case = seen(lambda: pf.Engine(graph, plan).evaluate(bomb_batch(1)))
+    time.sleep(1.5 * LIMIT if rank == 1 else 0.0)
+    return [case]
+
+
+def test_a_layer_that_raises_what_all_ranks_raise_alike_is_one_that_failed() -> None:
+    results = run_ranks(nonfinite_in_a_layer, 3)
+    for result in results:
+        assert result.error is None, result.trace
+        assert isinstance(result.value[0][0], LayerFailure)
+        assert "NonFiniteError: a layer's own (forward on rank 1" in str(result.value[0][0])
+    check_in_time([result.value for result in results])
 
 
 def weights_of_failed(rank: int, folder: str) -> list[tuple[BaseException | None, float]]:
