@@ -160,7 +160,6 @@ class _Rows:
         limit = memory_limits(problem)[0]
         unit = max(limit, 1.0)  # in which bytes are counted, so that numbers are about 1
         ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
-        unit = max(limit, 1.0)
         for stage in range(self.most):
             load: tuple[dict[int, float], float] = ({self.num_variables - 1: -1.0}, 0.0)
             held: tuple[dict[int, float], float] = ({}, 0.0)

@@ -140,12 +140,12 @@ class LayerFailure(EngineError):
         self,
         *,
         rank: int,
-        stage: int | None,
-        layer: str | None,
-        microbatch: int | None,
         step: int,
         phase: str,
         original: str,
+        stage: int | None = None,
+        layer: str | None = None,
+        microbatch: int | None = None,
         trace: str = "",
     ) -> None:
         self.rank = rank

@@ -23,9 +23,12 @@ def read(path: Path) -> Profile:
     """
     with refusing(path, _WHAT):
         document = read_json(path, what=_WHAT, error=FormatError)
-        if isinstance(document, dict) and isinstance(document.get("layers"), list):
-            _check_layers(document["layers"])
-        costs = as_value(GraphCosts, document, path, what=_WHAT, error=FormatError)
+        try:
+            costs = as_value(GraphCosts, document, path, what=_WHAT, error=FormatError)
+        except FormatError:
+            if isinstance(document, dict) and isinstance(document.get("layers"), list):
+                _check_layers(document["layers"])
+            raise
         if not costs.layers:
             raise FormatError("layers=[]; a graph has at least one layer")
         return Profile(format="pipeflow", costs=costs)

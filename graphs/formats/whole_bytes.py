@@ -30,7 +30,7 @@ class WholeBytes:
     @classmethod
     def of(cls, amounts: Iterable[float]) -> WholeBytes:
         """The largest unit that all amounts are whole numbers of, or the smallest that their sum allows."""
-        broken, total = list(amounts), 0.0
+        broken = list(amounts)
         total = math.fsum(broken)
         bits = max((a.as_integer_ratio()[1].bit_length() - 1 for a in broken), default=0)
         return cls(math.ldexp(1.0, -max(0, min(bits, _MOST_BITS - math.frexp(total)[1]))))

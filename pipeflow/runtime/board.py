@@ -136,6 +136,4 @@ def disagreement(call: Call, entry_by_rank: dict[int, dict[str, str]]) -> LayerF
             f"EngineError: the ranks were asked for different things: {listing}; every rank must make the same calls "
             "of its engine, in the same order and with the same arguments"
         )
-    return LayerFailure(
-        rank=rank, stage=None, layer=None, microbatch=None, step=call.step, phase=phase, original=original
-    )
+    return LayerFailure(rank=rank, step=call.step, phase=phase, original=original)

@@ -102,9 +102,6 @@ class Calls:
             reported = None if self._remote is None else self._remote.failure(call)
             error = reported or LayerFailure(
                 rank=rank,
-                stage=None,
-                layer=None,
-                microbatch=None,
                 step=call.step,
                 phase="transport",
                 original=f"a peer is gone or sent something else than planned: {error}",
@@ -199,9 +196,6 @@ def _failure(call: Call, error: BaseException, rank: int) -> LayerFailure:
     phase = "interrupt" if isinstance(error, KeyboardInterrupt | SystemExit) else "transport"
     return LayerFailure(
         rank=rank,
-        stage=None,
-        layer=None,
-        microbatch=None,
         step=call.step,
         phase=phase,
         original=f"{type(error).__name__}: {error}".rstrip(": ") + f" during {call}",

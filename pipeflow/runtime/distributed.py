@@ -399,11 +399,7 @@ class DistributedTransport:
             self.abort()
             return
         text = f"{type(error).__name__}: {error}"
-        self.report(
-            LayerFailure(
-                rank=self.rank, stage=None, layer=None, microbatch=None, step=0, phase="construction", original=text
-            )
-        )
+        self.report(LayerFailure(rank=self.rank, step=0, phase="construction", original=text))
 
     def failure(self, call: Call) -> LayerFailure | None:
         """Why this rank waits in vain in a call, if any says so within two seconds."""

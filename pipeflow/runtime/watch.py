@@ -89,9 +89,6 @@ class Watch:
             return None
         return LayerFailure(
             rank=self._rank,
-            stage=None,
-            layer=None,
-            microbatch=None,
             step=call.step,
             phase="interrupt",
             original=f"KeyboardInterrupt: Ctrl-C during {call}",
