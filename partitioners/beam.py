@@ -25,6 +25,7 @@ from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import best_stages, closest
 from pipeflow.partitioners.feasibility import memory_limits, no_cut_fits, require_feasible, shortfall
 from pipeflow.partitioners.linear import cut_order
+from pipeflow.partitioners.net_transfers import merged_nets
 from pipeflow.partitioners.normalise import fold
 from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.orders import best_of_orders, place_free
@@ -144,13 +145,7 @@ class _Graph:
     @cached_property
     def nets(self) -> list[tuple[tuple[int, ...], float]]:
         """Bound ends and seconds of every net that costs any; nets of the same ends are one."""
-        atoms, (bandwidth, latency) = self.problem.atoms, self.problem.transfer_link
-        seconds: dict[tuple[int, ...], float] = {}
-        for net in atoms.nets:
-            ends = tuple(sorted(end for end in net.ends if atoms.bound[end]))
-            if len(ends) > 1:
-                seconds[ends] = seconds.get(ends, 0.0) + latency + net.bytes / bandwidth
-        return [(ends, w) for ends, w in seconds.items() if w > 0]
+        return merged_nets(self.problem, self.problem.atoms.bound.__getitem__)
 
     @cached_property
     def nets_of(self) -> list[list[tuple[int, float, int]]]:

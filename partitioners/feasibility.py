@@ -60,6 +60,14 @@ def memory_limits(problem: PartitionProblem) -> list[float]:
     return [math.inf if limit is None or limit >= _NO_LIMIT else limit for limit in limits]
 
 
+def atom_bytes(problem: PartitionProblem) -> list[float]:
+    """Bytes that every atom takes on a device, about: as on the only stage, with what it receives left out."""
+    in_flight = problem.in_flight(Position(1, 1, problem.num_microbatches))
+    ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
+    held = zip(problem.atoms.parameter_bytes.tolist(), problem.atoms.saved_bytes.tolist(), strict=True)
+    return [ratio * parameters + in_flight * saved for parameters, saved in held]
+
+
 def _count_reason(problem: PartitionProblem) -> str | None:
     count, devices, atoms = problem.stage_count, problem.cluster.num_devices, problem.atoms
     if count is None:

@@ -22,11 +22,12 @@ from pipeflow.partitioners.atoms import Cut
 from pipeflow.partitioners.bounds import lower_bound
 from pipeflow.partitioners.certify import certified, stages_of
 from pipeflow.partitioners.chain import chain
-from pipeflow.partitioners.feasibility import memory_limits, require_feasible, shortfall
+from pipeflow.partitioners.feasibility import atom_bytes, memory_limits, require_feasible, shortfall
+from pipeflow.partitioners.net_transfers import NetTransfers
 from pipeflow.partitioners.objective import compute_seconds, objective, reduction_volume
 from pipeflow.partitioners.orders import place_free
 from pipeflow.partitioners.partition import Partition, Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import PartitionProblem
 
 _POWER = 8
 _HOT, _COLD = 0.3, 0.003
@@ -142,9 +143,7 @@ class _Room(NamedTuple):
 def _grow(problem: PartitionProblem, cut: Cut, free: Sequence[int]) -> tuple[Cut, _Room]:
     """The stages with the free atoms on them, those that stay empty left out, and the room that is left."""
     atoms, limits = problem.atoms, memory_limits(problem)
-    in_flight = problem.in_flight(Position(1, 1, problem.num_microbatches))
-    ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
-    sizes = [ratio * p + in_flight * s for p, s in zip(atoms.parameter_bytes, atoms.saved_bytes, strict=True)]
+    sizes = atom_bytes(problem)
     grown = [list(members) for members, _ in cut]
     left = [
         min(limits[device] for device in on) - sum(sizes[a] for a in members)
@@ -184,9 +183,8 @@ class _State:
     stage_of: list[int]
     sizes: list[int]
     compute: list[float]
-    transfers: list[float]
     parameters: list[float]
-    counts: list[dict[int, int]]
+    transfers: NetTransfers
     loads: list[float]
 
     @classmethod
@@ -195,21 +193,15 @@ class _State:
         where = [place[members[0]] for members in problem.atoms.members]
         zeros = [0.0] * len(stages)
         devices = tuple(stage.devices for stage in stages)
-        state = cls(problem, devices, where, [0] * len(stages), zeros[:], zeros[:], zeros[:], [], zeros[:])
+        transfers = NetTransfers.of(problem, where, len(stages))
+        state = cls(problem, devices, where, [0] * len(stages), zeros[:], zeros[:], transfers, zeros[:])
         for atom, stage in enumerate(where):
             state.sizes[stage] += 1
             state.compute[stage] += state.seconds[stage][atom]
             state.parameters[stage] += float(problem.atoms.parameter_bytes[atom])
-        for ends, seconds in state.nets:
-            count: dict[int, int] = {}
-            for end in ends:
-                count[where[end]] = count.get(where[end], 0) + 1
-            state.counts.append(count)
-            for stage in count if len(count) > 1 else ():
-                state.transfers[stage] += seconds
         state.loads = [
             state.load(s, *terms)
-            for s, terms in enumerate(zip(state.compute, state.transfers, state.parameters, strict=True))
+            for s, terms in enumerate(zip(state.compute, transfers.seconds, state.parameters, strict=True))
         ]
         return state
 
@@ -219,24 +211,6 @@ class _State:
         devices = [[self.problem.cluster.devices[d] for d in group] for group in self.devices]
         layers = self.problem.atoms.layers
         return [[max(compute_seconds(group, d) for d in of_stage) for group in layers] for of_stage in devices]
-
-    @cached_property
-    def nets(self) -> list[tuple[tuple[int, ...], float]]:
-        """Ends and seconds; nets of the same ends are one."""
-        bandwidth, latency = self.problem.transfer_link
-        sums: dict[tuple[int, ...], float] = {}
-        for net in self.problem.atoms.nets:
-            ends = tuple(sorted(net.ends))
-            sums[ends] = sums.get(ends, 0.0) + latency + net.bytes / bandwidth
-        return [(ends, seconds) for ends, seconds in sums.items() if seconds > 0]
-
-    @cached_property
-    def nets_of(self) -> list[list[int]]:
-        result: list[list[int]] = [[] for _ in self.stage_of]
-        for index, (ends, _) in enumerate(self.nets):
-            for end in ends:
-                result[end].append(index)
-        return result
 
     @cached_property
     def _reduction(self) -> list[tuple[float, float]]:
@@ -276,7 +250,7 @@ class _State:
     def look(self, atom: int, target: int, guide: float) -> _Move:
         """What a move would make of its two stages; no other changes."""
         source = self.stage_of[atom]
-        left, joined = self._transfers_after(atom, source, target)
+        left, joined = self.transfers.after(atom, source, target)
         amount = float(self.problem.atoms.parameter_bytes[atom])
         terms = (
             (self.compute[source] - self.seconds[source][atom], left, self.parameters[source] - amount),
@@ -289,37 +263,13 @@ class _State:
 
     def make(self, move: _Move) -> None:
         for stage, terms, load in zip((move.source, move.target), move.terms, move.loads, strict=True):
-            self.compute[stage], self.transfers[stage], self.parameters[stage] = terms
+            self.compute[stage], _, self.parameters[stage] = terms
             self.loads[stage] = load
-        self._count(move.atom, move.source, move.target)
-
-    def _transfers_after(self, atom: int, source: int, target: int) -> tuple[float, float]:
-        """Transfers of the two stages after a move; no other stage's change."""
-        left, joined = self.transfers[source], self.transfers[target]
-        for net in self.nets_of[atom]:
-            count, seconds = self.counts[net], self.nets[net][1]
-            stays, was_there = count[source] > 1, target in count
-            if len(count) == 1:
-                left, joined = (left + seconds, joined + seconds) if stays else (left, joined)
-                continue
-            if not stays:
-                left -= seconds
-            if not was_there:
-                joined += seconds
-            elif not stays and len(count) == 2:
-                joined -= seconds
-        return left, joined
-
-    def _count(self, atom: int, source: int, target: int) -> None:
-        self.stage_of[atom] = target
-        self.sizes[source] -= 1
-        self.sizes[target] += 1
-        for net in self.nets_of[atom]:
-            count = self.counts[net]
-            count[target] = count.get(target, 0) + 1
-            count[source] -= 1
-            if not count[source]:
-                del count[source]
+        (_, left, _), (_, joined, _) = move.terms
+        self.transfers.move(move.atom, move.source, move.target, (left, joined))
+        self.stage_of[move.atom] = move.target
+        self.sizes[move.source] -= 1
+        self.sizes[move.target] += 1
 
     def cut(self) -> Cut:
         cut: list[list[int]] = [[] for _ in self.devices]

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeflow.partitioners.certify import stages_of
-from pipeflow.partitioners.feasibility import memory_limits, shortfall
+from pipeflow.partitioners.feasibility import atom_bytes, memory_limits, shortfall
+from pipeflow.partitioners.net_transfers import NetTransfers
 from pipeflow.partitioners.objective import compute_seconds, objective
 from pipeflow.partitioners.partition import Stage
-from pipeflow.partitioners.problem import PartitionProblem, Position
+from pipeflow.partitioners.problem import PartitionProblem
 
 _POWER = 8
 _HOT, _COLD = (0.3, 3.0, 10.0, 1.0), 0.003
@@ -131,35 +132,14 @@ class _State:
         rows = [[compute_seconds(group, d) for group in atoms.layers] for d in (devices[:1] if alike else devices)]
         self.seconds = rows * len(devices) if alike else rows
         self.limits = memory_limits(problem)
-        in_flight = problem.in_flight(Position(1, 1, problem.num_microbatches))
-        ratio = 1 + problem.gradient_ratio + problem.optimizer_ratio
-        held = zip(atoms.parameter_bytes.tolist(), atoms.saved_bytes.tolist(), strict=True)
-        self.sizes = [ratio * p + in_flight * s for p, s in held]
-        self.nets = self._merged_nets()
-        self.nets_of: list[list[int]] = [[] for _ in self.slot_of]
-        self.counts: list[dict[int, int]] = []
-        self.compute, self.transfers, self.bytes = ([0.0] * self.num_devices for _ in range(3))
-        for atom, slot in enumerate(self.slot_of):
-            self.compute[slot % self.num_devices] += self.seconds[slot % self.num_devices][atom]
-            self.bytes[slot % self.num_devices] += self.sizes[atom]
-        for index, (ends, seconds) in enumerate(self.nets):
-            count: dict[int, int] = {}
-            for end in ends:
-                self.nets_of[end].append(index)
-                count[self.slot_of[end] % self.num_devices] = count.get(self.slot_of[end] % self.num_devices, 0) + 1
-            self.counts.append(count)
-            for device in count if len(count) > 1 else ():
-                self.transfers[device] += seconds
-        self.loads = [self._load(c, t) for c, t in zip(self.compute, self.transfers, strict=True)]
-
-    def _merged_nets(self) -> list[tuple[tuple[int, ...], float]]:
-        """Ends and seconds; nets of the same ends are one."""
-        bandwidth, latency = self.problem.transfer_link
-        sums: dict[tuple[int, ...], float] = {}
-        for net in self.problem.atoms.nets:
-            ends = tuple(sorted(net.ends))
-            sums[ends] = sums.get(ends, 0.0) + latency + net.bytes / bandwidth
-        return [(ends, seconds) for ends, seconds in sums.items() if seconds > 0]
+        self.sizes = atom_bytes(problem)
+        self.compute, self.bytes = ([0.0] * self.num_devices for _ in range(2))
+        device_of = [slot % self.num_devices for slot in self.slot_of]
+        for atom, device in enumerate(device_of):
+            self.compute[device] += self.seconds[device][atom]
+            self.bytes[device] += self.sizes[atom]
+        self.transfers = NetTransfers.of(problem, device_of, self.num_devices)
+        self.loads = [self._load(c, t) for c, t in zip(self.compute, self.transfers.seconds, strict=True)]
 
     def _load(self, compute: float, transfers: float) -> float:
         return max(compute, transfers) if self.problem.transfers == "overlapped" else compute + transfers
@@ -178,7 +158,7 @@ class _State:
             return False
         if self.bytes[device] + self.sizes[atom] > self.limits[device] and self.bytes[source] <= self.limits[source]:
             return False
-        left, joined = self._transfers_after(atom, source, device)
+        left, joined = self.transfers.after(atom, source, device)
         terms = {
             source: (self.compute[source] - self.seconds[source][atom], left),
             device: (self.compute[device] + self.seconds[device][atom], joined),
@@ -187,36 +167,10 @@ class _State:
         worse = sum((loads[d] / guide) ** _POWER - (self.loads[d] / guide) ** _POWER for d in loads)
         if worse > 0 and draw.random() >= math.exp(-worse / heat):
             return False
-        for d, (compute, transfers) in terms.items():
-            self.compute[d], self.transfers[d], self.loads[d] = compute, transfers, loads[d]
-        self._make(atom, source, target)
-        return True
-
-    def _transfers_after(self, atom: int, source: int, device: int) -> tuple[float, float]:
-        """Transfers of the two devices after a move; no other device's change."""
-        left, joined = self.transfers[source], self.transfers[device]
-        for net in self.nets_of[atom]:
-            count, seconds = self.counts[net], self.nets[net][1]
-            stays, was_there = count[source] > 1, device in count
-            if len(count) == 1:
-                left, joined = (left + seconds, joined + seconds) if stays else (left, joined)
-                continue
-            if not stays:
-                left -= seconds
-            if not was_there:
-                joined += seconds
-            elif not stays and len(count) == 2:
-                joined -= seconds
-        return left, joined
-
-    def _make(self, atom: int, source: int, target: int) -> None:
-        device = target % self.num_devices
+        for d, (compute, _) in terms.items():
+            self.compute[d], self.loads[d] = compute, loads[d]
+        self.transfers.move(atom, source, device, (left, joined))
         self.slot_of[atom] = target
         self.bytes[source] -= self.sizes[atom]
         self.bytes[device] += self.sizes[atom]
-        for net in self.nets_of[atom]:
-            count = self.counts[net]
-            count[device] = count.get(device, 0) + 1
-            count[source] -= 1
-            if not count[source]:
-                del count[source]
+        return True
