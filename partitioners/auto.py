@@ -31,7 +31,7 @@ from pipeflow.partitioners.orders import best_of_orders, num_rounds
 from pipeflow.partitioners.partition import Partition, Stage
 from pipeflow.partitioners.problem import PartitionProblem
 from pipeflow.partitioners.variants import variants
-from pipeflow.partitioners.virtual_stages import interleave
+from pipeflow.partitioners.virtual_stages import with_contiguous
 
 CLOSED = 1e-8
 """A relative gap that counts as none."""
@@ -88,7 +88,7 @@ def search(problem: PartitionProblem, *, use_solver: bool, most_atoms: int = _MO
     """
     require_feasible(problem, nests=True, varies=True)
     if problem.chunks > 1:
-        return _chunked(problem, use_solver)
+        return with_contiguous(problem, lambda p: search(p, use_solver=use_solver), use_solver=use_solver)[1]
     if problem.costs.has_variants:
         return _named(problem, variants(problem), "variants", None)
     if problem.nested:
@@ -126,20 +126,6 @@ def _coarse(problem: PartitionProblem, use_solver: bool, most_atoms: int) -> Par
         how = "coarsened"
     name = f"{found.certificate.partitioner}, {how}"
     return certified(problem, found.stages, partitioner=name, lower_bound=bound)
-
-
-def _chunked(problem: PartitionProblem, use_solver: bool) -> Partition:
-    """The best contiguous partition, and then what several chunks on a device gain."""
-    contiguous, failure = None, None
-    try:
-        contiguous = search(replace(problem, chunks=1), use_solver=use_solver)
-    except Infeasible as error:  # what fits no device as one stage may fit it as two, so nothing is proved
-        failure = Infeasible([f"with one stage on a device: {reason}" for reason in error.reasons])
-    found = interleave(problem, contiguous, use_solver=use_solver)
-    if found is None:
-        assert failure is not None, "no partition and no reason"
-        raise failure
-    return found
 
 
 def _improved(

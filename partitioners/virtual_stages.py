@@ -7,7 +7,7 @@ improve, not how contiguous partitions are found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeflow.errors import Infeasible, PlanError
@@ -52,6 +52,29 @@ def require_room(problem: PartitionProblem) -> None:
             f"chunks={problem.chunks}, but layers can run in several ways, and these are chosen for contiguous stages "
             "alone; set chunks=1"
         )
+
+
+def with_contiguous(
+    problem: PartitionProblem, partitioner: Callable[[PartitionProblem], Partition], *, use_solver: bool
+) -> tuple[Partition | None, Partition]:
+    """The partitioner's contiguous partition, None where it finds none, and the best with the problem's chunks.
+
+    Raises:
+        Infeasible: there is neither. What fits no device as one stage may fit it as two, so with several chunks
+            nothing is proved.
+    """
+    contiguous, failure = None, None
+    try:
+        contiguous = partitioner(replace(problem, chunks=1))
+    except Infeasible as error:
+        if problem.chunks == 1:
+            raise
+        failure = Infeasible([f"with one stage on a device: {reason}" for reason in error.reasons])
+    found = contiguous if problem.chunks == 1 else interleave(problem, contiguous, use_solver=use_solver)
+    if found is None:
+        assert failure is not None, "no partition and no reason"
+        raise failure
+    return contiguous, found
 
 
 def interleave(problem: PartitionProblem, contiguous: Partition | None, *, use_solver: bool) -> Partition | None:

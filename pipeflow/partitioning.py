@@ -26,7 +26,7 @@ from pipeflow.partitioners.levels import alike_devices, in_units, with_bandwidth
 from pipeflow.partitioners.partition import Partition
 from pipeflow.partitioners.pins import Pins
 from pipeflow.partitioners.problem import PartitionProblem, Transfers, holds_nothing, of_an_endless_batch, stashed
-from pipeflow.partitioners.virtual_stages import interleave, require_room
+from pipeflow.partitioners.virtual_stages import require_room, with_contiguous
 from pipeflow.values import Count, Index, Value
 
 Partitioner: TypeAlias = Callable[[PartitionProblem], Partition]
@@ -169,27 +169,22 @@ def _function(partitioner: str | Partitioner) -> Partitioner:
 
 def _solve(problem: PartitionProblem, partitioner: Partitioner) -> tuple[Partition | None, Partition]:
     """The contiguous partition, where there is one, and the partition with the problem's chunks."""
-    require_room(problem)
-    one = replace(problem, chunks=1)
-    contiguous, failure = None, None
-    try:
-        contiguous = partitioner(one)
-    except Infeasible as error:  # what fits no device as one stage may fit it as two
-        failure = error
-    if failure is None and not isinstance(contiguous, Partition):
-        raise PlanError(
-            f"the partitioner gave a {type(contiguous).__name__}; it must return a Partition, or raise Infeasible "
-            "where there is none"
-        )
-    found = contiguous
-    if problem.chunks > 1:
-        from pipeflow.partitioners.auto import has_solver
+    from pipeflow.partitioners.auto import has_solver
 
-        found = interleave(problem, contiguous, use_solver=has_solver())
-    if found is None:
-        assert failure is not None, "no partition and no reason"
-        raise explained(one, failure) from None
-    return contiguous, found
+    def contiguous(one: PartitionProblem) -> Partition:
+        found = partitioner(one)
+        if not isinstance(found, Partition):
+            raise PlanError(
+                f"the partitioner gave a {type(found).__name__}; it must return a Partition, or raise Infeasible "
+                "where there is none"
+            )
+        return found
+
+    require_room(problem)
+    try:
+        return with_contiguous(problem, contiguous, use_solver=has_solver())
+    except Infeasible as error:
+        raise explained(problem, error) from None
 
 
 def read_profile(source: GraphCosts | Profile | str | os.PathLike[str], format: str = "pipeflow") -> Profile:

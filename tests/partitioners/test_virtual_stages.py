@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from dataclasses import replace
@@ -169,3 +170,13 @@ def test_a_graph_too_large_for_single_moves_is_moved_in_runs() -> None:
     )
     found = search(problem, use_solver=False)
     check_partition(found, problem)
+
+
+def test_that_contiguous_stages_do_not_fit_proves_nothing_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers a stage at most: two stages on the one device hold three, whether the search finds them or not."""
+    cut = functools.partial(pf.partition, line(1.0, 1.0, 1.0), num_devices=1, chunks=2, pins=Pins(max_layers=2))
+    assert len(cut().stages) == 2
+    monkeypatch.setattr("pipeflow.partitioners.virtual_stages.interleave", lambda *args, **options: None)
+    with pytest.raises(Infeasible, match="with one stage on a device") as caught:
+        cut()
+    assert not caught.value.rules
